@@ -1,0 +1,245 @@
+use std::fs::File;
+use std::io;
+use std::net::UdpSocket;
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use bytes::BytesMut;
+use nix::sched::{CloneFlags, unshare};
+use pcap_file::pcapng::PcapNgReader;
+use pcap_file::pcapng::blocks::block_common::Block;
+use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
+
+use super::*;
+use crate::wire::{Segment, TcpFlags};
+
+fn segment(port: u16) -> Packet {
+    let source = "192.0.2.1:1000".parse().unwrap();
+    let destination = std::net::SocketAddr::new("192.0.2.2".parse().unwrap(), port);
+    Segment::bare(source, destination, TcpFlags::SYN).emit()
+}
+
+async fn received(device: &impl Device) -> Packet {
+    let mut buffer = BytesMut::from(&b"old content that must not be seen"[..]);
+    let offload = device.recv(&mut buffer).await.unwrap();
+    Packet::parse(buffer, offload).unwrap()
+}
+
+#[tokio::test]
+async fn a_memory_link_carries_packets_both_ways_in_order() {
+    let (left, right) = MemoryDevice::pair(1500, 8);
+    for port in 1..=3 {
+        left.send(&segment(port)).await.unwrap();
+    }
+    right.send(&segment(9)).await.unwrap();
+    for port in 1..=3 {
+        assert_eq!(received(&right).await, segment(port));
+    }
+    assert_eq!(received(&left).await, segment(9));
+}
+
+#[tokio::test]
+async fn a_full_memory_link_drops_and_counts() {
+    let (left, right) = MemoryDevice::pair(1500, 2);
+    for port in 1..=5 {
+        left.send(&segment(port)).await.unwrap();
+    }
+    assert_eq!(left.dropped(), 3);
+    assert_eq!(received(&right).await, segment(1));
+    assert_eq!(received(&right).await, segment(2));
+}
+
+#[tokio::test]
+async fn a_memory_link_refuses_what_exceeds_its_mtu() {
+    let (left, _right) = MemoryDevice::pair(39, 2);
+    assert_eq!(left.send(&segment(1)).await.unwrap_err().kind(), io::ErrorKind::InvalidInput);
+}
+
+#[tokio::test]
+async fn a_memory_link_ends_when_its_other_end_is_dropped() {
+    let (left, right) = MemoryDevice::pair(1500, 8);
+    left.send(&segment(1)).await.unwrap();
+    let waiting = tokio::spawn(async move {
+        let _ = received(&right).await;
+        right.recv(&mut BytesMut::new()).await.map(drop)
+    });
+    tokio::task::yield_now().await;
+    drop(left);
+    assert_eq!(waiting.await.unwrap().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+}
+
+#[tokio::test]
+async fn every_receiver_of_a_memory_link_is_woken() {
+    let (left, right) = MemoryDevice::pair(1500, 64);
+    let right = Arc::new(right);
+    let mut receivers = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let right = Arc::clone(&right);
+        receivers.spawn(async move { received(&right).await });
+    }
+    tokio::task::yield_now().await;
+    for port in 1..=8 {
+        left.send(&segment(port)).await.unwrap();
+    }
+    let all = tokio::time::timeout(Duration::from_secs(5), receivers.join_all()).await.unwrap();
+    assert_eq!(all.len(), 8);
+}
+
+/// (interface name, direction, time, bytes) of each packet of a file.
+fn read_capture(path: &std::path::Path) -> Vec<(String, u32, Duration, Vec<u8>)> {
+    let mut reader = PcapNgReader::new(File::open(path).unwrap()).unwrap();
+    let mut names = Vec::new();
+    let mut packets = Vec::new();
+    while let Some(block) = reader.next_block() {
+        match block.unwrap().0 {
+            Block::InterfaceDescription(interface) => {
+                assert_eq!(interface.linktype, pcap_file::DataLink::RAW);
+                names.push(format!("{:?}", interface.options[0]));
+            }
+            Block::EnhancedPacket(packet) => {
+                let EnhancedPacketOption::Flags(flags) = packet.options[0] else { panic!("no direction") };
+                let name = names[packet.interface_id as usize].clone();
+                packets.push((name, flags, packet.timestamp, packet.data.to_vec()));
+            }
+            _ => {}
+        }
+    }
+    packets
+}
+
+#[tokio::test]
+async fn a_capture_holds_both_directions_with_interface_and_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("both.pcapng");
+    let (left, right) = MemoryDevice::pair(1500, 8);
+    let capture = Capture::create(&path).unwrap();
+    let left = Captured::new(left, &capture);
+    let right = Captured::new(right, capture);
+    let before = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    left.send(&segment(7)).await.unwrap();
+    let _ = received(&right).await;
+    drop((left, right));
+
+    let packets = read_capture(&path);
+    assert_eq!(packets.len(), 2);
+    let (name, flags, time, bytes) = &packets[0];
+    assert!(name.contains("memory0"), "{name}");
+    assert_eq!((*flags, &bytes[..]), (2, segment(7).bytes()));
+    assert!(*time >= before && *time < before + Duration::from_secs(60), "{time:?} is not about {before:?}");
+    let (name, flags, _, bytes) = &packets[1];
+    assert!(name.contains("memory1"), "{name}");
+    assert_eq!((*flags, &bytes[..]), (1, segment(7).bytes()));
+}
+
+#[test]
+fn a_capture_reaches_the_disk_within_a_second_although_nothing_follows() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("idle.pcapng");
+    let capture = Capture::create(&path).unwrap();
+    capture.record(Direction::In, "tun0", segment(1).bytes(), SystemTime::now());
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(read_capture(&path).len(), 1);
+    capture.record(Direction::In, "tun0", segment(2).bytes(), SystemTime::now());
+    drop(capture);
+    assert_eq!(read_capture(&path).len(), 2);
+}
+
+#[test]
+fn a_full_disk_stops_the_capture_and_nothing_else() {
+    let capture = Capture::create("/dev/full");
+    assert!(capture.is_err(), "the file's header has nowhere to go");
+
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    let capture =
+        Capture::create(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&writer))).unwrap();
+    drop((reader, writer));
+    capture.record(Direction::In, "tun0", segment(1).bytes(), SystemTime::now());
+    std::thread::sleep(Duration::from_millis(1100));
+    for port in 2..100 {
+        capture.record(Direction::In, "tun0", segment(port).bytes(), SystemTime::now());
+    }
+    assert_eq!(capture.lost(), 98);
+}
+
+/// Runs `test` in a network namespace of its own.
+fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+    let run = move || {
+        unshare(CloneFlags::CLONE_NEWNET).expect("this test makes a network namespace: run it as root");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(test());
+    };
+    std::thread::spawn(run).join().unwrap();
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status().expect("this test needs iproute2");
+    assert!(status.success(), "ip {arguments}");
+}
+
+/// Packets pass both ways between a device named tun7 and the kernel, also those larger than the MTU at its birth.
+async fn exchanges_packets_with_the_kernel(device: impl Device) {
+    assert_eq!((device.name(), device.mtu()), ("tun7", 1500));
+    ip("address add 10.1.2.1/24 dev tun7");
+    ip("link set tun7 up mtu 9000");
+    assert_eq!(device.mtu(), 9000);
+    let socket = UdpSocket::bind("10.1.2.1:5000").unwrap();
+    socket.set_nonblocking(true).unwrap();
+    for length in [10, 8000, 1400, 8900] {
+        socket.send_to(&vec![7; length], "10.1.2.2:6000").unwrap();
+        let packet = loop {
+            // Router solicitations are packets, too.
+            let packet = tokio::time::timeout(Duration::from_secs(5), received(&device)).await.unwrap();
+            if packet.version() == crate::wire::Version::V4 {
+                break packet;
+            }
+        };
+        assert_eq!((packet.len(), packet.checksum_ok()), (28 + length, true));
+        let mut answer = packet;
+        let (source, destination) = (answer.source(), answer.destination());
+        answer.set_source(destination);
+        answer.set_destination(source);
+        answer.set_source_port(6000);
+        answer.set_destination_port(5000);
+        device.send(&answer).await.unwrap();
+        let mut buffer = vec![0; 65536];
+        assert_eq!(socket.recv_from(&mut buffer).unwrap().0, length);
+    }
+    ip("link delete tun7");
+    assert!(device.recv(&mut BytesMut::new()).await.is_err(), "the device is gone");
+}
+
+#[test]
+fn a_tun_device_exchanges_packets_of_any_size_with_the_kernel() {
+    in_namespace(|| async { exchanges_packets_with_the_kernel(TunDevice::open("tun7").unwrap()).await });
+}
+
+#[cfg(feature = "plain-tun")]
+#[test]
+fn a_plain_tun_device_exchanges_packets_of_any_size_with_the_kernel() {
+    in_namespace(|| async {
+        // sysfs shows the namespace it was mounted in.
+        unshare(CloneFlags::CLONE_NEWNS).expect("this test makes a mount namespace: run it as root");
+        assert!(Command::new("mount").args(["--make-rprivate", "/"]).status().unwrap().success());
+        assert!(Command::new("mount").args(["-t", "sysfs", "sysfs", "/sys"]).status().unwrap().success());
+        exchanges_packets_with_the_kernel(AnyDevice::open(DeviceKind::PlainTun, "tun7").unwrap()).await;
+    });
+}
+
+#[test]
+fn the_error_of_creating_a_device_says_what_to_do() {
+    in_namespace(|| async {
+        let message = |name: &str| TunDevice::open(name).err().unwrap().to_string();
+        let _open = TunDevice::open("tun7").unwrap();
+        let taken = message("tun7");
+        assert!(taken.contains("tun7") && taken.contains("another process"), "{taken}");
+        let other = message("lo");
+        assert!(other.contains("no TUN device"), "{other}");
+        let long = message("a-name-of-16-byt");
+        assert!(long.contains("1 to 15 bytes"), "{long}");
+    });
+    let missing = explain("tun7", &io::Error::from_raw_os_error(nix::libc::ENOENT)).to_string();
+    assert!(missing.contains("modprobe") || missing.contains("kernel module"), "{missing}");
+    let forbidden = explain("tun7", &io::Error::from_raw_os_error(nix::libc::EPERM));
+    assert_eq!(forbidden.kind(), io::ErrorKind::PermissionDenied);
+    assert!(forbidden.to_string().contains("CAP_NET_ADMIN"), "{forbidden}");
+}

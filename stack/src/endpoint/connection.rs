@@ -1,0 +1,437 @@
+//! One connection: a smoltcp interface with a single socket, and what smoltcp does not keep.
+
+use std::net::{IpAddr, SocketAddr};
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
+use smoltcp::socket::tcp::{CongestionControl, Socket, SocketBuffer, State};
+use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpEndpoint};
+
+use super::error::ConnectionError;
+use super::options::TcpOptions;
+use super::phy::{Phy, Pool};
+use super::windows::Windows;
+use crate::time::Instant;
+use crate::wire::{Packet, SeqNumber, TcpFlags};
+
+/// A connection's name within its [`Connections`](super::Connections); never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionId(pub(super) u64);
+
+/// A connection as its TCP knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    pub(super) local: SocketAddr,
+    pub(super) peer: SocketAddr,
+}
+
+/// How long things may take.
+#[derive(Debug, Clone)]
+pub(super) struct Limits {
+    pub(super) tcp: TcpOptions,
+    pub(super) connect_timeout: Duration,
+    pub(super) half_open_lifetime: Duration,
+}
+
+/// Where the handshake stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// SYN-SENT.
+    Connecting,
+    /// SYN-RECEIVED; in the table of half-open connections.
+    HalfOpen,
+    /// Synchronised, or over.
+    Open,
+}
+
+/// What left last, as S7 needs it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sent {
+    pub(super) snd_nxt: SeqNumber,
+    pub(super) rcv_nxt: SeqNumber,
+    pub(super) window: u16,
+}
+
+pub(super) struct Connection {
+    pub(super) key: Key,
+    pub(super) phase: Phase,
+    /// The socket listened on, for connections that came in.
+    pub(super) listener: Option<SocketAddr>,
+    pub(super) redirected_to: Option<u16>,
+    pub(super) failure: Option<ConnectionError>,
+    /// No program holds it any more.
+    pub(super) released: bool,
+    /// In the queue of those that want to be served.
+    pub(super) ready: bool,
+    pub(super) timer: Option<Instant>,
+    pub(super) sent: Option<Sent>,
+    /// The SYN-ACK as the TCP sent it, while half-open.
+    pub(super) syn_ack: Option<Packet>,
+    /// The segment that would end the handshake, held back while its listener has no room.
+    pub(super) held: Option<Packet>,
+    pub(super) mtu: usize,
+    seed: u64,
+    interface: Interface,
+    sockets: SocketSet<'static>,
+    handle: SocketHandle,
+    created: Instant,
+    /// When the peer was last heard.
+    heard: Instant,
+    /// Since when something waits for the peer's answer.
+    waiting: Option<Instant>,
+    /// When the program was found to be gone.
+    orphaned: Option<Instant>,
+    /// The program has ended its half.
+    shut_down: bool,
+    /// The sequence number of the first byte that the program writes.
+    first: SeqNumber,
+    /// Bytes that the program wrote, modulo 2^32.
+    written: u32,
+    windows: Windows,
+}
+
+fn time(now: Instant) -> smoltcp::time::Instant {
+    smoltcp::time::Instant::from_micros(i64::try_from(now.micros()).unwrap_or(i64::MAX))
+}
+
+fn endpoint(socket: SocketAddr) -> IpEndpoint {
+    IpEndpoint::new(IpAddress::from(socket.ip()), socket.port())
+}
+
+/// An interface with one address. It holds no state of the connection but the MTU.
+fn interface(now: Instant, address: IpAddr, mtu: usize, seed: u64) -> Interface {
+    let mut config = Config::new(HardwareAddress::Ip);
+    config.random_seed = seed;
+    let mut phy = Phy { rx: None, tx: &mut Vec::new(), room: 0, mtu, pool: &mut Pool::default() };
+    let mut interface = Interface::new(config, &mut phy, time(now));
+    let prefix = if address.is_ipv4() { 32 } else { 128 };
+    interface.update_ip_addrs(|addresses| {
+        // One of at least one place.
+        let _ = addresses.push(IpCidr::new(IpAddress::from(address), prefix));
+    });
+    interface
+}
+
+impl Connection {
+    /// A closed connection; `seed` is secret and never used before: the ISN follows from it.
+    pub(super) fn new(now: Instant, key: Key, options: &TcpOptions, mtu: usize, seed: u64) -> Connection {
+        let buffer = |size: usize| SocketBuffer::new(vec![0; size.max(1)]);
+        let mut socket = Socket::new(buffer(options.receive_buffer), buffer(options.send_buffer));
+        socket.set_nagle_enabled(!options.nodelay);
+        socket.set_congestion_control(CongestionControl::Cubic);
+        socket.set_keep_alive(options.keep_alive.map(Into::into));
+        let mut sockets = SocketSet::new(Vec::with_capacity(1));
+        let handle = sockets.add(socket);
+        Connection {
+            key,
+            phase: Phase::Connecting,
+            listener: None,
+            redirected_to: None,
+            failure: None,
+            released: false,
+            ready: false,
+            timer: None,
+            sent: None,
+            syn_ack: None,
+            held: None,
+            mtu,
+            seed,
+            interface: interface(now, key.local.ip(), mtu, seed),
+            sockets,
+            handle,
+            created: now,
+            heard: now,
+            waiting: None,
+            orphaned: None,
+            shut_down: false,
+            first: SeqNumber::default(),
+            written: 0,
+            windows: Windows::default(),
+        }
+    }
+
+    fn socket(&self) -> &Socket<'static> {
+        self.sockets.get(self.handle)
+    }
+
+    fn socket_mut(&mut self) -> &mut Socket<'static> {
+        self.sockets.get_mut(self.handle)
+    }
+
+    pub(super) fn state(&self) -> State {
+        self.socket().state()
+    }
+
+    /// Active open; false if smoltcp finds an address or port unusable.
+    pub(super) fn connect(&mut self) -> bool {
+        let (local, peer) = (endpoint(self.key.local), endpoint(self.key.peer));
+        let socket = self.sockets.get_mut::<Socket<'static>>(self.handle);
+        socket.connect(self.interface.context(), peer, local).is_ok()
+    }
+
+    /// Passive open; the SYN has to follow.
+    pub(super) fn listen(&mut self, listener: SocketAddr) -> bool {
+        self.phase = Phase::HalfOpen;
+        self.listener = Some(listener);
+        let local = endpoint(self.key.local);
+        self.socket_mut().listen(local).is_ok()
+    }
+
+    /// Whether no packet can come or go any more.
+    pub(super) fn is_over(&self) -> bool {
+        match self.state() {
+            // An abort leaves the peer known until its RST has been sent.
+            State::Closed => self.socket().remote_endpoint().is_none(),
+            // Reset while half-open, or not opened by its SYN.
+            State::Listen => true,
+            _ => false,
+        }
+    }
+
+    /// Whether something of it may still reach or leave the program.
+    pub(super) fn is_open(&self) -> bool {
+        !matches!(self.state(), State::Closed | State::TimeWait)
+    }
+
+    pub(super) fn is_time_wait(&self) -> bool {
+        self.state() == State::TimeWait
+    }
+
+    pub(super) fn is_synchronised(&self) -> bool {
+        !matches!(self.state(), State::Listen | State::SynSent | State::SynReceived | State::Closed)
+    }
+
+    /// A segment of the peer.
+    pub(super) fn receive(&mut self, now: Instant, packet: &Packet, tx: &mut Vec<BytesMut>, pool: &mut Pool) {
+        let before = self.state();
+        let opened = self.windows.keep_open(packet);
+        let bytes = opened.as_deref().unwrap_or(packet.bytes());
+        let mut phy = Phy { rx: Some(bytes), tx, room: 0, mtu: self.mtu, pool };
+        self.interface.poll_ingress_single(time(now), &mut phy, &mut self.sockets);
+        self.heard = now;
+        let reset = packet.tcp().is_some_and(|tcp| tcp.flags().contains(TcpFlags::RST));
+        let over = matches!(self.state(), State::Closed | State::Listen);
+        // In TIME-WAIT both directions have ended as they should.
+        if reset && over && !matches!(before, State::Closed | State::Listen | State::TimeWait) {
+            let refused = before == State::SynSent;
+            self.fail(if refused { ConnectionError::Refused } else { ConnectionError::Reset });
+        }
+    }
+
+    /// See [`Windows::put_right`].
+    pub(super) fn put_right(&self, packet: &mut [u8]) {
+        // smoltcp writes neither IP options nor extension headers.
+        self.windows.put_right(packet, if self.key.local.is_ipv4() { 20 } else { 40 });
+    }
+
+    /// Lets the FIN go that had to wait; says whether it did.
+    pub(super) fn finish(&mut self) -> bool {
+        let goes = self.shut_down && (self.state() != State::CloseWait || self.all_sent());
+        let before = self.state();
+        if goes {
+            self.socket_mut().close();
+        }
+        self.state() != before
+    }
+
+    /// Whether all that the program wrote has been sent once.
+    fn all_sent(&self) -> bool {
+        self.sent.is_some_and(|sent| !(self.first + self.written).after(sent.snd_nxt))
+    }
+
+    /// What the socket wants to send, as far as there is room in `tx`; false if it stopped for lack of room.
+    pub(super) fn transmit(
+        &mut self,
+        now: Instant,
+        room: usize,
+        tx: &mut Vec<BytesMut>,
+        pool: &mut Pool,
+    ) -> bool {
+        if self.holds_unread_time_wait() {
+            return true;
+        }
+        loop {
+            let mut phy = Phy { rx: None, tx, room, mtu: self.mtu, pool };
+            let result = self.interface.poll_egress(time(now), &mut phy, &mut self.sockets);
+            if result == PollResult::None {
+                return tx.len() < room || !self.wants_now(now);
+            }
+        }
+    }
+
+    /// smoltcp empties the receive buffer when TIME-WAIT ends; it has to wait for a program that has not read it.
+    fn holds_unread_time_wait(&self) -> bool {
+        self.state() == State::TimeWait && !self.released && self.socket().can_recv()
+    }
+
+    fn wants_now(&mut self, now: Instant) -> bool {
+        self.interface.poll_at(time(now), &self.sockets).is_some_and(|at| at <= time(now))
+    }
+
+    /// Remembers what was sent.
+    pub(super) fn note_sent(&mut self, packet: &Packet) {
+        let Some(tcp) = packet.tcp() else { return };
+        self.windows.on_sent(&tcp);
+        let Some(snd_nxt) = self.windows.snd_nxt() else { return };
+        if tcp.flags().contains(TcpFlags::SYN) {
+            self.first = tcp.seq() + 1;
+        }
+        self.sent = Some(Sent { snd_nxt, rcv_nxt: tcp.ack(), window: tcp.window() });
+        if self.phase == Phase::HalfOpen && tcp.is_syn_ack() {
+            self.syn_ack = Some(packet.clone());
+        }
+    }
+
+    /// Ends what has waited too long; says whether it did.
+    pub(super) fn expire(&mut self, now: Instant, limits: &Limits) -> bool {
+        if self.released && self.orphaned.is_none() {
+            self.orphaned = Some(now);
+        }
+        let unanswered = match self.state() {
+            State::SynSent | State::SynReceived | State::FinWait1 | State::Closing | State::LastAck => true,
+            State::Established | State::CloseWait => self.socket().send_queue() > 0,
+            _ => false,
+        };
+        self.waiting = if unanswered { self.waiting.or(Some(now)) } else { None };
+        let due = self.own_deadline(limits).is_some_and(|at| at <= now);
+        if due {
+            self.abort(ConnectionError::TimedOut);
+        }
+        due
+    }
+
+    fn own_deadline(&self, limits: &Limits) -> Option<Instant> {
+        if matches!(self.state(), State::Closed | State::TimeWait | State::Listen) {
+            return None;
+        }
+        let handshake = match self.phase {
+            Phase::Connecting => Some(self.created + limits.connect_timeout),
+            Phase::HalfOpen => Some(self.created + limits.half_open_lifetime),
+            Phase::Open => None,
+        };
+        let unanswered = self.waiting.map(|since| since.max(self.heard) + limits.tcp.user_timeout);
+        let orphaned = self.orphaned.map(|since| since.max(self.heard) + limits.tcp.fin_timeout);
+        [handshake, unanswered, orphaned].into_iter().flatten().min()
+    }
+
+    /// When it wants to be served again.
+    pub(super) fn deadline(&mut self, now: Instant, limits: &Limits) -> Option<Instant> {
+        if self.holds_unread_time_wait() {
+            return None;
+        }
+        let socket = self.interface.poll_at(time(now), &self.sockets);
+        let socket = socket.map(|at| Instant::from_micros(u64::try_from(at.total_micros()).unwrap_or(0)));
+        [socket, self.own_deadline(limits)].into_iter().flatten().min()
+    }
+
+    /// Lowers the path MTU; says whether it did.
+    pub(super) fn lower_mtu(&mut self, now: Instant, mtu: usize) -> bool {
+        let least = if self.key.peer.is_ipv4() { 576 } else { 1280 };
+        let mtu = mtu.max(least);
+        if mtu >= self.mtu {
+            return false;
+        }
+        self.mtu = mtu;
+        self.interface = interface(now, self.key.local.ip(), mtu, self.seed);
+        true
+    }
+
+    /// Whether `seq` may be one of a segment in flight: what an ICMP error must quote (RFC 5927 §4.1).
+    pub(super) fn may_have_sent(&self, seq: SeqNumber) -> bool {
+        let Some(sent) = self.sent else { return false };
+        let behind = sent.snd_nxt.distance(seq);
+        usize::try_from(behind).is_ok_and(|behind| behind > 0 && behind <= self.socket().send_capacity() + 2)
+    }
+
+    /// The first reason stays.
+    pub(super) fn fail(&mut self, error: ConnectionError) {
+        self.failure.get_or_insert(error);
+    }
+
+    /// Resets it and tells the program why.
+    pub(super) fn abort(&mut self, error: ConnectionError) {
+        self.fail(error);
+        self.socket_mut().abort();
+    }
+
+    /// FIN behind what was written. In LAST-ACK smoltcp overlooks window updates: there it must not go before all data
+    /// has been sent.
+    pub(super) fn shut_down(&mut self) {
+        self.shut_down = true;
+        self.finish();
+    }
+
+    /// The program is gone: what it has not read can only be refused (RFC 9293 §3.10.4: a reset says that data was
+    /// lost).
+    pub(super) fn release(&mut self) {
+        self.released = true;
+        self.end_orphan();
+        self.shut_down();
+    }
+
+    /// Resets a connection without a program that has data to read; says whether it did.
+    pub(super) fn end_orphan(&mut self) -> bool {
+        let unread = self.released && self.state() != State::Closed && self.socket().can_recv();
+        if unread {
+            self.socket_mut().abort();
+        }
+        unread
+    }
+
+    pub(super) fn poll_connected(&mut self, waker: &Waker) -> Poll<Result<(), ConnectionError>> {
+        if self.phase == Phase::Open && self.failure.is_none() {
+            return Poll::Ready(Ok(()));
+        }
+        if let Some(error) = self.failure {
+            return Poll::Ready(Err(error));
+        }
+        self.socket_mut().register_send_waker(waker);
+        Poll::Pending
+    }
+
+    /// Bytes read, 0 at the end of the stream.
+    pub(super) fn poll_read(
+        &mut self,
+        out: &mut [u8],
+        waker: &Waker,
+    ) -> Poll<Result<usize, ConnectionError>> {
+        if self.socket().can_recv() {
+            let read = self.socket_mut().recv_slice(out).unwrap_or(0);
+            return Poll::Ready(Ok(read));
+        }
+        if self.socket().may_recv() {
+            self.socket_mut().register_recv_waker(waker);
+            return Poll::Pending;
+        }
+        Poll::Ready(match self.failure {
+            Some(error) => Err(error),
+            None => Ok(0),
+        })
+    }
+
+    /// Bytes written, at least one.
+    pub(super) fn poll_write(&mut self, data: &[u8], waker: &Waker) -> Poll<Result<usize, ConnectionError>> {
+        if let Some(error) = self.failure {
+            return Poll::Ready(Err(error));
+        }
+        if self.shut_down {
+            return Poll::Ready(Err(ConnectionError::ShutDown));
+        }
+        if !self.socket().may_send() {
+            return Poll::Ready(Err(ConnectionError::Reset));
+        }
+        match self.socket_mut().send_slice(data) {
+            Ok(0) if !data.is_empty() => {
+                self.socket_mut().register_send_waker(waker);
+                Poll::Pending
+            }
+            Ok(written) => {
+                self.written = self.written.wrapping_add(written as u32);
+                Poll::Ready(Ok(written))
+            }
+            Err(_) => Poll::Ready(Err(ConnectionError::Reset)),
+        }
+    }
+}

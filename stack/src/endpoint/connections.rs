@@ -1,0 +1,555 @@
+//! All connections of an endpoint as one sans-IO machine: packets, calls and a time in; packets and a deadline out.
+//!
+//! Between the network and the TCP of each connection stands [`Client`] or [`Server`]. No socket, clock or random
+//! source inside; the tokio driver is one user of it.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::hash::Hasher;
+use std::net::{IpAddr, SocketAddr};
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use siphasher::sip::SipHasher24;
+
+use super::connection::{Connection, ConnectionId, Key, Limits, Phase};
+use super::error::{ConnectionError, EndpointError};
+use super::listeners::Listeners;
+use super::machine::Machine;
+use super::options::{ClientOptions, EndpointCounters, ServerOptions};
+use super::phy::Pool;
+use super::ports::Ports;
+use crate::redirect::{Action, Client, ClientEvent, PathId, Server, ServicePorts, Towards};
+use crate::time::Instant;
+use crate::wire::{Offload, Packet};
+
+/// Packets that wait to be sent; connections write no further ones while there are so many.
+const OUT_LIMIT: usize = 256;
+/// A connection is not served again earlier than this, unless something happens to it.
+const SERVE_INTERVAL: Duration = Duration::from_micros(500);
+/// How long flows of ended connections may stay in the machine, and their ports in use (`C12`).
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The connections and listeners of one endpoint.
+pub struct Connections {
+    pub(super) machine: Machine,
+    pub(super) limits: Limits,
+    mtu: usize,
+    addresses: Vec<IpAddr>,
+    ports: Option<Ports>,
+    /// Secret of the ISNs.
+    key: [u8; 16],
+    next: u64,
+    pub(super) connections: HashMap<ConnectionId, Connection>,
+    /// Those of which packets may still come.
+    pub(super) keys: HashMap<Key, ConnectionId>,
+    pub(super) listeners: Listeners,
+    timers: BTreeSet<(Instant, ConnectionId)>,
+    ready: VecDeque<ConnectionId>,
+    out: VecDeque<Packet>,
+    /// Client connections that ended since the last sweep.
+    ended: Vec<Key>,
+    sweep_at: Option<Instant>,
+    pub(super) scratch: Vec<BytesMut>,
+    /// What the server's machine redirects from and to.
+    pub(super) services: Vec<ServicePorts>,
+    pub(super) pool: Pool,
+    pub(super) counters: EndpointCounters,
+}
+
+impl Connections {
+    /// The connecting end over a device of this MTU. `key` is secret and random: sequence numbers and ports follow
+    /// from it.
+    pub fn client(options: ClientOptions, mtu: usize, key: [u8; 16]) -> Connections {
+        let ClientOptions { mut redirect, addresses, ports, connect_timeout, tcp } = options;
+        redirect.mtu = mtu;
+        let limits = Limits { tcp, connect_timeout, half_open_lifetime: Duration::ZERO };
+        let mut connections =
+            Connections::new(Machine::client(Client::new(redirect)), limits, mtu, key, Listeners::new(0, 0));
+        connections.addresses = addresses;
+        connections.ports = Some(Ports::new(ports, connections.random(u64::MAX)));
+        connections
+    }
+
+    /// The listening end over a device of this MTU. `key` is secret and random: sequence numbers follow from it.
+    pub fn server(options: ServerOptions, mtu: usize, key: [u8; 16]) -> Connections {
+        let ServerOptions { mut redirect, backlog, half_open_limit, half_open_lifetime, tcp } = options;
+        redirect.mtu = mtu;
+        if redirect.isn_key == [0; 16] {
+            redirect.isn_key = key;
+        }
+        let services = redirect.services.clone();
+        let mut server = Server::new(redirect);
+        for service in &services {
+            // S6: until somebody does.
+            server.set_listening(service.service_socket(), false);
+        }
+        let limits = Limits { tcp, connect_timeout: Duration::ZERO, half_open_lifetime };
+        let listeners = Listeners::new(backlog, half_open_limit);
+        let machine = Machine::Server(Box::new(server));
+        Connections { services, ..Connections::new(machine, limits, mtu, key, listeners) }
+    }
+
+    fn new(machine: Machine, limits: Limits, mtu: usize, key: [u8; 16], listeners: Listeners) -> Connections {
+        Connections {
+            machine,
+            limits,
+            mtu,
+            addresses: Vec::new(),
+            ports: None,
+            key,
+            next: 0,
+            connections: HashMap::new(),
+            keys: HashMap::new(),
+            listeners,
+            timers: BTreeSet::new(),
+            ready: VecDeque::new(),
+            out: VecDeque::new(),
+            ended: Vec::new(),
+            sweep_at: None,
+            scratch: Vec::new(),
+            services: Vec::new(),
+            pool: Pool::default(),
+            counters: EndpointCounters::default(),
+        }
+    }
+
+    /// A number that only who knows the key can tell.
+    fn random(&self, number: u64) -> u64 {
+        let mut hasher = SipHasher24::new_with_key(&self.key);
+        hasher.write_u64(number);
+        hasher.finish()
+    }
+
+    /// What the redirect machine of a client says; `None` at the other end.
+    pub fn redirect_client(&self) -> Option<&Client> {
+        match &self.machine {
+            Machine::Client { client, .. } => Some(client),
+            Machine::Server(_) => None,
+        }
+    }
+
+    /// Says by which way a client reaches a VIP now ([`Client::set_path`]).
+    pub fn set_path(&mut self, vip: IpAddr, path: PathId) {
+        if let Machine::Client { client, .. } = &mut self.machine {
+            client.set_path(vip, path);
+        }
+    }
+
+    /// What the redirect machine of a server says; `None` at the other end.
+    pub fn redirect_server(&self) -> Option<&Server> {
+        match &self.machine {
+            Machine::Client { .. } => None,
+            Machine::Server(server) => Some(server),
+        }
+    }
+
+    /// What was counted.
+    pub fn counters(&self) -> EndpointCounters {
+        self.counters
+    }
+
+    /// Connections of which packets may still come, those in TIME-WAIT included.
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Whether there is no such connection.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    /// Whether all that programs wrote and closed has reached the peers: nothing is left but TIME-WAIT and connections
+    /// that a program still holds.
+    pub fn is_settled(&self) -> bool {
+        !self.connections.values().any(|connection| {
+            connection.released && connection.is_synchronised() && !connection.is_time_wait()
+        })
+    }
+
+    /// A buffer that is not in use.
+    pub fn take_buffer(&mut self) -> BytesMut {
+        self.pool.take()
+    }
+
+    /// Gives a buffer back for reuse.
+    pub fn give_buffer(&mut self, buffer: BytesMut) {
+        self.pool.give(buffer);
+    }
+
+    /// A packet of the network, as the device gave it.
+    pub fn handle_input(&mut self, now: Instant, buffer: BytesMut, offload: Offload) {
+        let mut packet = match Packet::parse(buffer, offload) {
+            Ok(packet) => packet,
+            Err(rejected) => {
+                self.counters.malformed += 1;
+                self.pool.give(rejected.buffer);
+                return;
+            }
+        };
+        if packet.fragment().is_some() {
+            self.counters.other_packets += 1;
+        } else if !packet.checksum_ok() {
+            self.counters.bad_checksums += 1;
+        } else if self.machine.handle_remote(now, &mut packet) == Action::Pass {
+            self.deliver(now, &packet);
+        }
+        self.pool.give(packet.into_buffer());
+        self.drain_machine(now);
+    }
+
+    /// Lets pass what `now` makes due. Call it at the deadline and after calls of programs, before fetching packets.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.drain_machine(now);
+        while let Some((at, id)) = self.timers.first().copied() {
+            if at > now {
+                break;
+            }
+            self.timers.pop_first();
+            if let Some(connection) = self.connections.get_mut(&id) {
+                connection.timer = None;
+                self.serve(now, id);
+            }
+        }
+        for _ in 0..self.ready.len() {
+            if self.out.len() >= OUT_LIMIT {
+                break;
+            }
+            let Some(id) = self.ready.pop_front() else { break };
+            if let Some(connection) = self.connections.get_mut(&id) {
+                connection.ready = false;
+                self.serve(now, id);
+            }
+        }
+        if self.sweep_at.is_some_and(|at| at <= now) {
+            self.sweep();
+        }
+        self.drain_machine(now);
+    }
+
+    /// The next packet for the network.
+    pub fn poll_transmit(&mut self) -> Option<Packet> {
+        self.out.pop_front()
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) wants to be called; [`Instant::ZERO`]: at once.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        if !self.out.is_empty() || !self.ready.is_empty() {
+            return Some(Instant::ZERO);
+        }
+        let connection = self.timers.first().map(|(at, _)| *at);
+        [self.machine.poll_timeout(), connection, self.sweep_at].into_iter().flatten().min()
+    }
+
+    /// Begins to connect to a VIP and port, or to any other address.
+    ///
+    /// # Errors
+    /// No own address or port for it, or too many connections.
+    pub fn connect(&mut self, now: Instant, peer: SocketAddr) -> Result<ConnectionId, EndpointError> {
+        if peer.port() == 0 || peer.ip().is_unspecified() || peer.ip().is_multicast() {
+            return Err(EndpointError::Unusable(peer));
+        }
+        if self.ports.is_none() {
+            return Err(EndpointError::Role);
+        }
+        self.check_room()?;
+        let local = match self.take_port(peer) {
+            Err(EndpointError::NoPort(_)) if !self.ended.is_empty() => {
+                self.sweep();
+                self.take_port(peer)
+            }
+            taken => taken,
+        }?;
+        let key = Key { local, peer };
+        let id = self.create(now, key);
+        let connected = self.connections.get_mut(&id).is_some_and(Connection::connect);
+        if !connected {
+            self.remove(now, id);
+            return Err(EndpointError::Unusable(peer));
+        }
+        self.counters.connects += 1;
+        self.wake(id);
+        Ok(id)
+    }
+
+    fn take_port(&mut self, peer: SocketAddr) -> Result<SocketAddr, EndpointError> {
+        let ports = self.ports.as_mut().ok_or(EndpointError::Role)?;
+        let mut error = EndpointError::NoAddress(peer);
+        for address in self.addresses.iter().filter(|address| address.is_ipv4() == peer.is_ipv4()) {
+            match ports.take(*address, peer.ip()) {
+                Some(local) => return Ok(local),
+                None => error = EndpointError::NoPort(peer),
+            }
+        }
+        Err(error)
+    }
+
+    pub(super) fn check_room(&self) -> Result<(), EndpointError> {
+        let limit = self.limits.tcp.max_connections;
+        if self.connections.len() >= limit { Err(EndpointError::TooMany(limit)) } else { Ok(()) }
+    }
+
+    pub(super) fn create(&mut self, now: Instant, key: Key) -> ConnectionId {
+        let id = ConnectionId(self.next);
+        self.next += 1;
+        let connection = Connection::new(now, key, &self.limits.tcp, self.mtu, self.random(id.0));
+        self.connections.insert(id, connection);
+        self.keys.insert(key, id);
+        id
+    }
+
+    /// Has a connection served as soon as there is room for its packets.
+    pub(super) fn wake(&mut self, id: ConnectionId) {
+        if let Some(connection) = self.connections.get_mut(&id)
+            && !connection.ready
+        {
+            connection.ready = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    /// Sends what a connection has to send, and settles what became of it.
+    pub(super) fn serve(&mut self, now: Instant, id: ConnectionId) {
+        let room = OUT_LIMIT.saturating_sub(self.out.len());
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        if connection.expire(now, &self.limits) {
+            self.counters.timed_out += 1;
+        }
+        connection.end_orphan();
+        let done = connection.transmit(now, room, &mut self.scratch, &mut self.pool);
+        self.emit(now, id);
+        // Seen in the order of sending: a FIN may follow now.
+        let finished = self.connections.get_mut(&id).is_some_and(Connection::finish);
+        self.settle(now, id);
+        if !done || finished {
+            self.wake(id);
+        }
+    }
+
+    /// What the TCP of a connection sent goes through the machine.
+    pub(super) fn emit(&mut self, now: Instant, id: ConnectionId) {
+        let mut buffers = std::mem::take(&mut self.scratch);
+        for mut buffer in buffers.drain(..) {
+            if let Some(connection) = self.connections.get(&id) {
+                connection.put_right(&mut buffer);
+            }
+            let packet = match Packet::parse(buffer, Offload::default()) {
+                Ok(packet) => packet,
+                Err(rejected) => {
+                    self.pool.give(rejected.buffer);
+                    continue;
+                }
+            };
+            if let Some(connection) = self.connections.get_mut(&id) {
+                connection.note_sent(&packet);
+            }
+            self.send(now, packet);
+        }
+        self.scratch = buffers;
+    }
+
+    /// A packet of the local TCP on its way to the network.
+    pub(super) fn send(&mut self, now: Instant, mut packet: Packet) {
+        match self.machine.handle_local(now, &mut packet) {
+            Action::Pass => self.out.push_back(packet),
+            Action::Drop => self.pool.give(packet.into_buffer()),
+        }
+    }
+
+    pub(super) fn push(&mut self, packet: Packet) {
+        self.out.push_back(packet);
+    }
+
+    /// Follows a connection's state: established, over, or when to look again.
+    pub(super) fn settle(&mut self, now: Instant, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        if connection.phase != Phase::Open && connection.is_synchronised() {
+            let came_in = connection.phase == Phase::HalfOpen;
+            connection.phase = Phase::Open;
+            (connection.syn_ack, connection.held) = (None, None);
+            self.counters.established += 1;
+            if came_in {
+                self.listeners.established(id, connection.listener);
+            }
+        }
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let over = connection.is_over();
+        let deadline = if over { None } else { connection.deadline(now, &self.limits) };
+        let deadline = deadline.map(|at| at.max(now + SERVE_INTERVAL));
+        if connection.timer != deadline {
+            if let Some(at) = connection.timer {
+                self.timers.remove(&(at, id));
+            }
+            connection.timer = deadline;
+            self.timers.extend(deadline.map(|at| (at, id)));
+        }
+        if over {
+            self.finish(now, id);
+        }
+    }
+
+    /// No packet of this connection can come any more.
+    fn finish(&mut self, now: Instant, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let key = connection.key;
+        if connection.phase == Phase::HalfOpen {
+            connection.released = true;
+            self.listeners.forget_half_open(id);
+        }
+        let released = connection.released;
+        if self.keys.get(&key) == Some(&id) {
+            self.keys.remove(&key);
+            if self.ports.is_some() {
+                self.ended.push(key);
+                self.sweep_at.get_or_insert(now + SWEEP_INTERVAL);
+            }
+        }
+        if released {
+            self.connections.remove(&id);
+        }
+    }
+
+    /// Forgets a connection without a word to its peer.
+    pub(super) fn remove(&mut self, now: Instant, id: ConnectionId) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.released = true;
+            if let Some(at) = connection.timer.take() {
+                self.timers.remove(&(at, id));
+            }
+            self.finish(now, id);
+        }
+    }
+
+    /// C12: frees the flows of connections that have ended, and their ports.
+    fn sweep(&mut self) {
+        self.sweep_at = None;
+        if let Machine::Client { client, .. } = &mut self.machine {
+            client.retain(|local, peer| self.keys.contains_key(&Key { local, peer }));
+        }
+        if let Some(ports) = &mut self.ports {
+            for key in self.ended.drain(..) {
+                ports.release(key.local, key.peer.ip());
+            }
+        }
+    }
+
+    /// What the machine sends of its own and tells.
+    pub(super) fn drain_machine(&mut self, now: Instant) {
+        while let Some(transmit) = self.machine.poll_transmit(now) {
+            match transmit.towards {
+                Towards::Network => self.out.push_back(transmit.packet),
+                Towards::Local => self.deliver(now, &transmit.packet),
+            }
+        }
+        match &mut self.machine {
+            Machine::Client { client, .. } => {
+                while let Some(event) = client.poll_event() {
+                    tracing::debug!(?event, "connect");
+                    if let ClientEvent::Redirected { local, vip, service_port, .. } = event
+                        && let Some(id) = self.keys.get(&Key { local, peer: vip })
+                        && let Some(connection) = self.connections.get_mut(id)
+                    {
+                        connection.redirected_to = Some(service_port);
+                    }
+                }
+            }
+            Machine::Server(server) => {
+                while let Some(event) = server.poll_event() {
+                    tracing::debug!(?event, "redirect");
+                }
+            }
+        }
+    }
+
+    /// Counts packets that the device did not take.
+    pub fn count_unsent(&mut self, packets: u64) {
+        self.counters.unsent += packets;
+    }
+
+    /// Resets all connections and ends all listeners: the endpoint is gone.
+    pub fn abort_all(&mut self, now: Instant) {
+        let ids: Vec<ConnectionId> = self.connections.keys().copied().collect();
+        for id in ids {
+            if let Some(connection) = self.connections.get_mut(&id)
+                && connection.is_open()
+            {
+                connection.abort(ConnectionError::Aborted);
+            }
+            self.serve(now, id);
+        }
+        self.listeners.clear();
+    }
+
+    /// The two ends of a connection, as the program sees them: local, peer.
+    pub fn ends(&self, id: ConnectionId) -> Option<(SocketAddr, SocketAddr)> {
+        self.connections.get(&id).map(|connection| (connection.key.local, connection.key.peer))
+    }
+
+    /// The service port that a connection was redirected to, as soon as that is certain.
+    pub fn redirected_to(&self, id: ConnectionId) -> Option<u16> {
+        self.connections.get(&id)?.redirected_to
+    }
+
+    /// Waits for the end of a connect.
+    pub fn poll_connected(&mut self, id: ConnectionId, waker: &Waker) -> Poll<Result<(), ConnectionError>> {
+        match self.connections.get_mut(&id) {
+            Some(connection) => connection.poll_connected(waker),
+            None => Poll::Ready(Err(ConnectionError::Aborted)),
+        }
+    }
+
+    /// Reads; 0 at the end of the stream.
+    pub fn poll_read(
+        &mut self,
+        id: ConnectionId,
+        out: &mut [u8],
+        waker: &Waker,
+    ) -> Poll<Result<usize, ConnectionError>> {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return Poll::Ready(Err(ConnectionError::Aborted));
+        };
+        let result = connection.poll_read(out, waker);
+        if let Poll::Ready(Ok(1..)) = result {
+            // The window has opened.
+            self.wake(id);
+        }
+        result
+    }
+
+    /// Writes at least one byte, unless `data` is empty.
+    pub fn poll_write(
+        &mut self,
+        id: ConnectionId,
+        data: &[u8],
+        waker: &Waker,
+    ) -> Poll<Result<usize, ConnectionError>> {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return Poll::Ready(Err(ConnectionError::Aborted));
+        };
+        let result = connection.poll_write(data, waker);
+        if let Poll::Ready(Ok(_)) = result {
+            self.wake(id);
+        }
+        result
+    }
+
+    /// Ends the program's half of the stream behind what it wrote.
+    pub fn shut_down(&mut self, id: ConnectionId) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.shut_down();
+            self.wake(id);
+        }
+    }
+
+    /// The program is done with the connection: it closes in the background, or is reset if there is unread data.
+    pub fn release(&mut self, now: Instant, id: ConnectionId) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.release();
+            if connection.is_over() {
+                self.remove(now, id);
+            } else {
+                self.wake(id);
+            }
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! One connection's view of the network, as smoltcp wants it: at most one packet in, packets out while there is room.
+
+use bytes::BytesMut;
+use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::time::Instant;
+
+/// Free bytes behind an emitted packet: the redirect option is inserted there without another allocation.
+const HEADROOM: usize = 48;
+/// Buffers kept for reuse.
+const POOL: usize = 256;
+
+/// Buffers to be filled anew.
+#[derive(Debug, Default)]
+pub(super) struct Pool(Vec<BytesMut>);
+
+impl Pool {
+    pub(super) fn take(&mut self) -> BytesMut {
+        self.0.pop().unwrap_or_default()
+    }
+
+    pub(super) fn give(&mut self, buffer: BytesMut) {
+        if self.0.len() < POOL {
+            self.0.push(buffer);
+        }
+    }
+}
+
+pub(super) struct Phy<'p> {
+    /// The packet that arrived.
+    pub(super) rx: Option<&'p [u8]>,
+    /// What is to be sent.
+    pub(super) tx: &'p mut Vec<BytesMut>,
+    /// How many packets `tx` may hold; the answer to a received one always finds room.
+    pub(super) room: usize,
+    pub(super) mtu: usize,
+    pub(super) pool: &'p mut Pool,
+}
+
+impl Device for Phy<'_> {
+    type RxToken<'a>
+        = Rx<'a>
+    where
+        Self: 'a;
+    type TxToken<'a>
+        = Tx<'a>
+    where
+        Self: 'a;
+
+    fn receive(&mut self, _: Instant) -> Option<(Rx<'_>, Tx<'_>)> {
+        let packet = self.rx.take()?;
+        Some((Rx(packet), Tx { tx: self.tx, pool: self.pool }))
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<Tx<'_>> {
+        (self.tx.len() < self.room).then_some(Tx { tx: self.tx, pool: self.pool })
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        capabilities(self.mtu)
+    }
+}
+
+/// Transport checksums of arriving packets are checked before, where it is known whether they are complete.
+fn capabilities(mtu: usize) -> DeviceCapabilities {
+    let mut capabilities = DeviceCapabilities::default();
+    capabilities.medium = Medium::Ip;
+    capabilities.max_transmission_unit = mtu;
+    let mut checksum = ChecksumCapabilities::default();
+    checksum.tcp = Checksum::Tx;
+    capabilities.checksum = checksum;
+    capabilities
+}
+
+pub(super) struct Rx<'p>(&'p [u8]);
+
+impl RxToken for Rx<'_> {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        f(self.0)
+    }
+}
+
+pub(super) struct Tx<'p> {
+    tx: &'p mut Vec<BytesMut>,
+    pool: &'p mut Pool,
+}
+
+impl TxToken for Tx<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
+        let mut buffer = self.pool.take();
+        buffer.clear();
+        buffer.reserve(length + HEADROOM);
+        buffer.resize(length, 0);
+        let result = f(&mut buffer);
+        self.tx.push(buffer);
+        result
+    }
+}

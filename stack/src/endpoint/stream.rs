@@ -1,0 +1,110 @@
+//! A connection as a program holds it.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::connection::ConnectionId;
+use super::shared::Shared;
+
+/// A TCP connection of an [`Endpoint`](super::Endpoint).
+///
+/// Reading ends at the peer's FIN; `shutdown` sends ours and leaves the other direction open. Dropping closes in the
+/// background what was written before; unread data then resets the connection, as in Linux. The buffers are those of
+/// [`TcpOptions`](super::TcpOptions): a writer waits for the peer, a peer for the reader.
+pub struct TcpStream {
+    shared: Arc<Shared>,
+    id: ConnectionId,
+    local: SocketAddr,
+    peer: SocketAddr,
+}
+
+impl TcpStream {
+    pub(super) fn new(shared: Arc<Shared>, id: ConnectionId, ends: (SocketAddr, SocketAddr)) -> TcpStream {
+        TcpStream { shared, id, local: ends.0, peer: ends.1 }
+    }
+
+    /// Waits for the handshake.
+    pub(super) async fn connected(&self) -> io::Result<()> {
+        poll_fn(|context| self.shared.lock().connections.poll_connected(self.id, context.waker())).await?;
+        Ok(())
+    }
+
+    /// The own address and port.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// The peer, as the program asked for it: VIP and redirect port, also after a redirect.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// The service port on which the connection really is; `None` if it was not redirected, or a handover has not yet
+    /// shown that it works (`C10`).
+    pub fn redirected_to(&self) -> Option<u16> {
+        self.shared.lock().connections.redirected_to(self.id)
+    }
+}
+
+impl AsyncRead for TcpStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if out.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let mut state = self.shared.lock();
+        let read = ready!(state.connections.poll_read(self.id, out.initialize_unfilled(), context.waker()))?;
+        drop(state);
+        out.advance(read);
+        self.shared.work.notify_one();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for TcpStream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        let mut state = self.shared.lock();
+        let written = ready!(state.connections.poll_write(self.id, data, context.waker()))?;
+        drop(state);
+        self.shared.work.notify_one();
+        Poll::Ready(Ok(written))
+    }
+
+    /// Nothing is held back: what was written is on its way as the peer's window allows.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    /// Does not wait for the peer.
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shared.lock().connections.shut_down(self.id);
+        self.shared.work.notify_one();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for TcpStream {
+    fn drop(&mut self) {
+        let now = self.shared.now();
+        self.shared.lock().connections.release(now, self.id);
+        self.shared.work.notify_one();
+    }
+}
+
+impl std::fmt::Debug for TcpStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TcpStream")
+            .field("local", &self.local)
+            .field("peer", &self.peer)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,345 @@
+//! The client's end of port redirection: rules C1 to C12 of PROTOCOL.md §3.
+//!
+//! Beside a TCP that connects to VIP:X, [`Client`] asks for a redirect, follows it, and from then on swaps X and Y in
+//! both directions. It holds no byte of the stream and never answers for the local TCP except to end a handover that
+//! cannot complete.
+
+mod config;
+mod flow;
+mod handover;
+mod handshake;
+mod path;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+
+use self::flow::{Attempt, Flow, FlowKey, Phase, State};
+use self::path::Paths;
+use super::{Action, Towards, Transmit};
+use crate::time::Instant;
+use crate::wire::{OptionError, Packet, RedirectOption, Segment, SeqNumber, TcpFlags, TcpView};
+
+pub use self::config::{
+    ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, PlainReason, VipConfig,
+};
+pub use self::path::{PathId, PathState};
+
+/// Events kept for a driver that does not fetch them.
+const MAX_EVENTS: usize = 1024;
+
+/// The client's machine, for all connections to all VIPs of one host.
+#[derive(Debug)]
+pub struct Client {
+    config: ClientConfig,
+    vips: HashMap<IpAddr, Continuation>,
+    paths: Paths,
+    flows: HashMap<FlowKey, Flow>,
+    /// (local, VIP:Y) -> flow: what the network calls the connection.
+    services: HashMap<(SocketAddr, SocketAddr), FlowKey>,
+    timers: BTreeSet<(Instant, FlowKey)>,
+    out: VecDeque<Transmit>,
+    events: VecDeque<ClientEvent>,
+    counters: ClientCounters,
+}
+
+impl Client {
+    /// A client without flows.
+    pub fn new(config: ClientConfig) -> Client {
+        let vips = config.vips.iter().map(|vip| (vip.address, vip.continuation)).collect();
+        Client {
+            config,
+            vips,
+            paths: Paths::default(),
+            flows: HashMap::new(),
+            services: HashMap::new(),
+            timers: BTreeSet::new(),
+            out: VecDeque::new(),
+            events: VecDeque::new(),
+            counters: ClientCounters::default(),
+        }
+    }
+
+    /// Says by which way a VIP is reached now; what was learnt of other ways is kept.
+    pub fn set_path(&mut self, vip: IpAddr, path: PathId) {
+        self.paths.set_current(vip, path);
+    }
+
+    /// What is known of the present way to a VIP.
+    pub fn path(&self, vip: IpAddr) -> PathState {
+        self.paths.state(self.paths.key(vip))
+    }
+
+    /// A packet of the local TCP, addressed to VIP:X; rewritten in place where it goes to a service port.
+    pub fn handle_local(&mut self, now: Instant, packet: &mut Packet) -> Action {
+        let (Some(local), Some(vip)) = (packet.source_socket(), packet.destination_socket()) else {
+            return Action::Pass;
+        };
+        let Some(tcp) = packet.tcp() else { return Action::Pass };
+        if !self.vips.contains_key(&vip.ip()) {
+            return Action::Pass;
+        }
+        let key = FlowKey { local, vip };
+        if tcp.is_syn() {
+            return self.on_local_syn(now, key, packet);
+        }
+        match self.flows.get(&key).map(|flow| &flow.state) {
+            None | Some(State::Direct { .. } | State::Gone) => Action::Pass,
+            Some(State::Redirected { service_port, .. }) => {
+                packet.set_destination_port(*service_port);
+                Action::Pass
+            }
+            Some(State::Attempt(_)) => self.with_attempt(key, |client, flow, attempt| {
+                client.on_attempt_local(now, flow, attempt, packet)
+            }),
+        }
+    }
+
+    /// A packet of the network: from a VIP, or an ICMP error about a packet to one; rewritten so that the local TCP
+    /// sees port X.
+    pub fn handle_remote(&mut self, now: Instant, packet: &mut Packet) -> Action {
+        if packet.icmp().is_some() {
+            return self.on_icmp(now, packet);
+        }
+        let (Some(from), Some(local)) = (packet.source_socket(), packet.destination_socket()) else {
+            return Action::Pass;
+        };
+        let Some(tcp) = packet.tcp() else { return Action::Pass };
+        if let Some(key) = self.services.get(&(local, from)).copied() {
+            return self.on_service_segment(now, key, packet);
+        }
+        let key = FlowKey { local, vip: from };
+        match self.flows.get(&key).map(|flow| &flow.state) {
+            // C12: what belongs to no flow passes unchanged.
+            None | Some(State::Gone) => Action::Pass,
+            Some(State::Direct { irs }) => {
+                if tcp.is_syn_ack() && tcp.seq() != *irs {
+                    self.counters.stray_syn_acks += 1;
+                    return Action::Drop;
+                }
+                Action::Pass
+            }
+            // C4, C9: nothing of X concerns a connection that has moved.
+            Some(State::Redirected { .. }) => {
+                if tcp.flags().contains(TcpFlags::RST) {
+                    self.counters.dropped_resets += 1;
+                } else {
+                    self.counters.stray_syn_acks += 1;
+                }
+                Action::Drop
+            }
+            Some(State::Attempt(_)) => self.with_attempt(key, |client, flow, attempt| {
+                client.on_attempt_remote(now, flow, attempt, packet)
+            }),
+        }
+    }
+
+    fn on_service_segment(&mut self, now: Instant, key: FlowKey, packet: &mut Packet) -> Action {
+        match self.flows.get(&key).map(|flow| &flow.state) {
+            Some(State::Redirected { irs, .. }) => {
+                let strange = packet.tcp().is_some_and(|tcp| tcp.is_syn_ack() && tcp.seq() != *irs);
+                if strange {
+                    self.counters.stray_syn_acks += 1;
+                    return Action::Drop;
+                }
+                packet.set_source_port(key.vip.port());
+                Action::Pass
+            }
+            Some(State::Attempt(_)) => self.with_attempt(key, |client, flow, attempt| {
+                client.on_attempt_service(now, flow, attempt, packet)
+            }),
+            None | Some(State::Direct { .. } | State::Gone) => Action::Pass,
+        }
+    }
+
+    /// I2: errors quote the packet as the network saw it, to Y; the local TCP knows it as one to X.
+    fn on_icmp(&mut self, now: Instant, packet: &mut Packet) -> Action {
+        let Some(icmp) = packet.icmp() else { return Action::Pass };
+        let Some(quoted) = icmp.quoted() else { return Action::Pass };
+        let too_big = icmp.mtu().is_some();
+        let local = SocketAddr::new(quoted.source, quoted.source_port);
+        let service = SocketAddr::new(quoted.destination, quoted.destination_port);
+        let Some(key) = self.services.get(&(local, service)).copied() else { return Action::Pass };
+        let attempt = matches!(self.flows.get(&key).map(|flow| &flow.state), Some(State::Attempt(_)));
+        if attempt && !too_big {
+            let seq = quoted.seq.unwrap_or_default();
+            return self
+                .with_attempt(key, |client, flow, attempt| client.on_attempt_icmp(now, flow, attempt, seq));
+        }
+        packet.set_quoted_destination(key.vip);
+        Action::Pass
+    }
+
+    /// Runs `f` on a flow taken out of the table, so that it may use all of `self`; puts the flow back unless it is gone.
+    fn with_attempt(
+        &mut self,
+        key: FlowKey,
+        f: impl FnOnce(&mut Self, &mut Flow, Box<Attempt>) -> Action,
+    ) -> Action {
+        let Some(mut flow) = self.flows.remove(&key) else { return Action::Pass };
+        let before = flow.timer;
+        let action = match std::mem::replace(&mut flow.state, State::Gone) {
+            State::Attempt(attempt) => f(self, &mut flow, attempt),
+            other => {
+                flow.state = other;
+                Action::Pass
+            }
+        };
+        self.put_back(flow, before);
+        action
+    }
+
+    fn put_back(&mut self, mut flow: Flow, timer_before: Option<Instant>) {
+        if !matches!(flow.state, State::Attempt(_)) {
+            flow.timer = None;
+        }
+        if timer_before != flow.timer {
+            if let Some(at) = timer_before {
+                self.timers.remove(&(at, flow.key));
+            }
+            if let Some(at) = flow.timer {
+                self.timers.insert((at, flow.key));
+            }
+        }
+        if matches!(flow.state, State::Gone) {
+            self.set_service(&mut flow, None);
+        } else {
+            self.flows.insert(flow.key, flow);
+        }
+    }
+
+    /// What the machine sends of its own; timers that are due fire first.
+    pub fn poll_transmit(&mut self, now: Instant) -> Option<Transmit> {
+        while let Some((at, key)) = self.timers.first().copied() {
+            if at > now {
+                break;
+            }
+            self.timers.pop_first();
+            if let Some(flow) = self.flows.get_mut(&key) {
+                flow.timer = None;
+            }
+            let _ = self.with_attempt(key, |client, flow, attempt| {
+                client.on_timer(now, flow, attempt);
+                Action::Drop
+            });
+        }
+        self.out.pop_front()
+    }
+
+    /// When [`poll_transmit`](Self::poll_transmit) wants to be called next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        if self.out.is_empty() { self.timers.first().map(|(at, _)| *at) } else { Some(Instant::ZERO) }
+    }
+
+    /// What happened.
+    pub fn poll_event(&mut self) -> Option<ClientEvent> {
+        self.events.pop_front()
+    }
+
+    /// Frees the flows whose socket (local, VIP:X) is gone, TIME-WAIT included (`C12`).
+    pub fn retain(&mut self, mut alive: impl FnMut(SocketAddr, SocketAddr) -> bool) {
+        let gone: Vec<FlowKey> =
+            self.flows.keys().filter(|key| !alive(key.local, key.vip)).copied().collect();
+        for key in gone {
+            self.remove(key);
+        }
+    }
+
+    fn remove(&mut self, key: FlowKey) {
+        if let Some(mut flow) = self.flows.remove(&key) {
+            if let Some(at) = flow.timer {
+                self.timers.remove(&(at, key));
+            }
+            self.set_service(&mut flow, None);
+        }
+    }
+
+    /// Names the service port under which the network knows the flow.
+    fn set_service(&mut self, flow: &mut Flow, port: Option<u16>) {
+        if let Some(old) = flow.service {
+            self.services.remove(&(flow.key.local, flow.key.service(old)));
+        }
+        if let Some(new) = port {
+            self.services.insert((flow.key.local, flow.key.service(new)), flow.key);
+        }
+        flow.service = port;
+    }
+
+    /// Flows in the table.
+    pub fn flow_count(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// The redirected connections, to be kept over a restart.
+    pub fn flows(&self) -> impl Iterator<Item = FlowRecord> {
+        self.flows.values().filter_map(|flow| {
+            let (service_port, irs) = match &flow.state {
+                State::Redirected { service_port, irs } => (*service_port, *irs),
+                State::Attempt(attempt) => match &attempt.phase {
+                    Phase::HandingOver(handover) => (handover.service_port, handover.irs),
+                    _ => return None,
+                },
+                _ => return None,
+            };
+            Some(FlowRecord { local: flow.key.local, vip: flow.key.vip, service_port, irs: irs.0 })
+        })
+    }
+
+    /// Takes a connection over from an earlier run; false if it is there already, the table is full or its VIP is none
+    /// of ours.
+    pub fn restore(&mut self, record: FlowRecord) -> bool {
+        let key = FlowKey { local: record.local, vip: record.vip };
+        let service = (record.local, key.service(record.service_port));
+        if !self.vips.contains_key(&record.vip.ip())
+            || self.flows.len() >= self.config.max_flows
+            || self.flows.contains_key(&key)
+            || self.services.contains_key(&service)
+        {
+            return false;
+        }
+        let state = State::Redirected { service_port: record.service_port, irs: SeqNumber(record.irs) };
+        self.flows.insert(key, Flow { key, state, timer: None, service: Some(record.service_port) });
+        self.services.insert(service, key);
+        true
+    }
+
+    /// What was counted.
+    pub fn counters(&self) -> &ClientCounters {
+        &self.counters
+    }
+
+    fn event(&mut self, event: ClientEvent) {
+        if self.events.len() >= MAX_EVENTS {
+            self.events.pop_front();
+            self.counters.events_dropped += 1;
+        }
+        self.events.push_back(event);
+    }
+
+    fn transmit(&mut self, towards: Towards, packet: Packet) {
+        self.out.push_back(Transmit { towards, packet });
+    }
+
+    /// A reset to (VIP, `port`), or from it to the local TCP.
+    fn reset(&mut self, towards: Towards, key: &FlowKey, port: u16, seq: SeqNumber) {
+        let (source, destination) = match towards {
+            Towards::Network => (key.local, key.service(port)),
+            Towards::Local => (key.service(port), key.local),
+        };
+        let packet = Segment { seq, ..Segment::bare(source, destination, TcpFlags::RST) }.emit();
+        self.transmit(towards, packet);
+    }
+
+    /// The option of a segment; a malformed one counts as none (`W1`).
+    fn option(&mut self, tcp: &TcpView<'_>) -> Option<RedirectOption> {
+        match tcp.redirect(self.config.exid) {
+            Ok(option) => option,
+            Err(OptionError::Malformed) => None,
+            Err(_) => {
+                self.counters.malformed_options += 1;
+                None
+            }
+        }
+    }
+}

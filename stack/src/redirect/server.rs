@@ -1,0 +1,440 @@
+//! The server's end: rules `S1` to `S8`.
+//!
+//! A SYN(R C) to X is answered from the SYN alone. A SYN(R) to X is turned to Y and its SYN-ACK sent from X; a SYN(R) to
+//! Y gets C on its SYN-ACK. Between SYN and SYN-ACK a bounded table remembers the port asked; after that nothing does,
+//! and no other segment is ever changed. It does not speak TCP: that is the local TCP's business, in the kernel or not.
+//!
+//! A SYN-ACK in which the option does not fit (no Linux one: it has 20 bytes free) goes out from X without it. The
+//! client does not pass that up but asks plainly at once (`C2`), and the half-open connection is reset: slower by a
+//! round trip, but neither a wait nor a connection that the balancer would lead elsewhere.
+
+mod answer;
+mod config;
+mod half_open;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+
+pub use config::{DeclineReason, ServerConfig, ServerCounters, ServerEvent, ServicePorts};
+
+use super::reply::{self, Limiter};
+use super::{Action, Towards, Transmit};
+use crate::time::Instant;
+use crate::wire::{
+    Packet, Protocol, RedirectOption, Segment, SeqNumber, TcpFlags, TcpOption, TcpView, observed_digest,
+};
+use answer::Answerer;
+use half_open::{HalfOpen, HalfOpenTable, Key};
+
+/// Packets of our own that wait for the driver, at most.
+const TRANSMIT_QUEUE: usize = 64;
+/// Events that wait for the driver, at most.
+const EVENT_QUEUE: usize = 1024;
+
+/// What a port of ours is to its service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Port {
+    Redirect(ServicePorts),
+    Service(ServicePorts),
+}
+
+/// The server's machine: between the network and a local TCP that listens on the service ports (PROTOCOL.md §3,
+/// "Server rules").
+#[derive(Debug)]
+pub struct Server {
+    exid: u16,
+    mtu: usize,
+    max_hops: u8,
+    answerer: Answerer,
+    ports: BTreeMap<SocketAddr, Port>,
+    /// Service sockets nobody listens on (`S6`).
+    deaf: BTreeSet<SocketAddr>,
+    /// Sockets whose SYNs are sent to another server's port (`S2`).
+    elsewhere: BTreeMap<SocketAddr, u16>,
+    half_open: HalfOpenTable,
+    challenges: Limiter,
+    resets: Limiter,
+    transmits: VecDeque<Transmit>,
+    events: VecDeque<ServerEvent>,
+    counters: ServerCounters,
+}
+
+impl Server {
+    /// A machine for these services; all of them count as listened on (`S6`) until told otherwise.
+    pub fn new(config: ServerConfig) -> Server {
+        let ServerConfig { exid, services, isn_key, mtu, .. } = config;
+        let mut server = Server {
+            exid,
+            mtu,
+            max_hops: config.max_hops,
+            answerer: Answerer { exid, key: isn_key, mtu },
+            ports: BTreeMap::new(),
+            deaf: BTreeSet::new(),
+            elsewhere: BTreeMap::new(),
+            half_open: HalfOpenTable::new(config.half_open_limit, config.half_open_lifetime),
+            challenges: Limiter::new(config.replies_per_second),
+            resets: Limiter::new(config.replies_per_second),
+            transmits: VecDeque::new(),
+            events: VecDeque::new(),
+            counters: ServerCounters::default(),
+        };
+        server.set_services(&services);
+        server
+    }
+
+    /// Serves these from now on (a reload). Half-open connections and counters stay; a service that was there keeps
+    /// what [`set_listening`](Self::set_listening) and [`set_elsewhere`](Self::set_elsewhere) said of it.
+    pub fn set_services(&mut self, services: &[ServicePorts]) {
+        self.ports.clear();
+        for service in services {
+            self.ports.entry(service.service_socket()).or_insert(Port::Service(*service));
+        }
+        for service in services {
+            self.ports.entry(service.redirect_socket()).or_insert(Port::Redirect(*service));
+        }
+        self.deaf.retain(|socket| matches!(self.ports.get(socket), Some(Port::Service(_))));
+        self.elsewhere.retain(|socket, _| self.ports.contains_key(socket));
+    }
+
+    /// Says whether a program listens on `service`, which is `address:Y`; where none does nothing is redirected to it
+    /// (`S6`). Unknown sockets are ignored.
+    pub fn set_listening(&mut self, service: SocketAddr, listening: bool) {
+        if listening {
+            self.deaf.remove(&service);
+        } else if matches!(self.ports.get(&service), Some(Port::Service(_))) {
+            self.deaf.insert(service);
+        }
+    }
+
+    /// Sends clients that ask for `asked` (a redirect or service socket of ours) to `port`, which is another server's
+    /// service port, from now on; `None` serves them here again (`S2`). Unknown sockets are ignored.
+    pub fn set_elsewhere(&mut self, asked: SocketAddr, port: Option<u16>) {
+        match port {
+            Some(port) if port != 0 && port != asked.port() && self.ports.contains_key(&asked) => {
+                self.elsewhere.insert(asked, port);
+            }
+            _ => {
+                self.elsewhere.remove(&asked);
+            }
+        }
+    }
+
+    /// A packet from the network towards our TCP.
+    pub fn handle_remote(&mut self, now: Instant, packet: &mut Packet) -> Action {
+        if packet.fragment().is_some() {
+            return self.pass();
+        }
+        match packet.tcp() {
+            Some(tcp) if tcp.is_syn() => {
+                let asked = SocketAddr::new(packet.destination(), tcp.destination_port());
+                match self.ports.get(&asked) {
+                    Some(port) => self.on_syn(now, packet, *port),
+                    None => self.pass(),
+                }
+            }
+            Some(_) => self.pass(),
+            None => self.on_icmp(now, packet),
+        }
+    }
+
+    /// A packet from our TCP towards the network.
+    pub fn handle_local(&mut self, now: Instant, packet: &mut Packet) -> Action {
+        let Some(tcp) = packet.tcp().filter(TcpView::is_syn_ack) else { return self.pass() };
+        if packet.fragment().is_some() || packet.offload().gso.is_some() {
+            return self.pass();
+        }
+        let key = Key {
+            client: SocketAddr::new(packet.destination(), tcp.destination_port()),
+            service: SocketAddr::new(packet.source(), tcp.source_port()),
+        };
+        if !matches!(self.ports.get(&key.service), Some(Port::Service(_))) {
+            return self.pass();
+        }
+        // A SYN-ACK to another SYN than the latest is no answer to that one: the client would refuse it anyway.
+        let acknowledged = tcp.ack();
+        match self.half_open.get(now, key).filter(|half_open| acknowledged == half_open.isn + 1) {
+            Some(half_open) => self.mark_syn_ack(packet, key, half_open),
+            None => self.counters.syn_acks_unknown += 1,
+        }
+        Action::Pass
+    }
+
+    /// What the machine sends of its own; drain after every `handle_*` and at every deadline.
+    pub fn poll_transmit(&mut self, now: Instant) -> Option<Transmit> {
+        self.counters.half_open_expired += self.half_open.expire(now);
+        self.transmits.pop_front()
+    }
+
+    /// When to call [`poll_transmit`](Self::poll_transmit) next if nothing else happens.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        if self.transmits.is_empty() { self.half_open.deadline() } else { Some(Instant::ZERO) }
+    }
+
+    /// What happened, oldest first.
+    pub fn poll_event(&mut self) -> Option<ServerEvent> {
+        self.events.pop_front()
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> &ServerCounters {
+        &self.counters
+    }
+
+    /// Half-open connections remembered now (`S5`).
+    pub fn half_open_count(&self) -> usize {
+        self.half_open.len()
+    }
+
+    /// The challenge ACK that a TCP owes for a SYN on a synchronised connection (`S7`, RFC 5961 §4), to be sent to the
+    /// network; for a local TCP that does not give it itself. `timestamps` are (`TSval`, `TSecr`) where the connection
+    /// uses them. `None` where none is due: a RST, a wrong checksum, too many in this second.
+    pub fn challenge_ack(
+        &mut self,
+        now: Instant,
+        segment: &Packet,
+        snd_nxt: SeqNumber,
+        rcv_nxt: SeqNumber,
+        window: u16,
+        timestamps: Option<(u32, u32)>,
+    ) -> Option<Packet> {
+        let reply = reply::challenge_ack(segment, snd_nxt, rcv_nxt, window, timestamps)?;
+        let due = self.challenges.take(now);
+        self.counters.challenge_acks += u64::from(due);
+        self.counters.replies_limited += u64::from(!due);
+        due.then_some(reply)
+    }
+
+    /// The RST for a segment to a service port without a connection (`S8`): SEQ = SEG.ACK (RFC 9293 §3.10.7.1), to be
+    /// sent to the network; for a local TCP that does not give it itself. `None` where none is due: a RST, a wrong
+    /// checksum, too many in this second.
+    pub fn reset(&mut self, now: Instant, segment: &Packet) -> Option<Packet> {
+        let reply = reply::reset(segment)?;
+        let due = self.resets.take(now);
+        self.counters.resets += u64::from(due);
+        self.counters.replies_limited += u64::from(!due);
+        due.then_some(reply)
+    }
+
+    fn pass(&mut self) -> Action {
+        self.counters.passed += 1;
+        Action::Pass
+    }
+
+    /// A SYN to a port of ours.
+    fn on_syn(&mut self, now: Instant, packet: &mut Packet, port: Port) -> Action {
+        let Some(syn) = Syn::read(packet) else { return self.pass() };
+        let option = packet.tcp().map_or(Ok(None), |tcp| tcp.redirect(self.exid));
+        self.counters.bad_options += u64::from(option.is_err());
+        let option = option.ok().flatten().filter(|option| option.redirect);
+        let Some(option) = option else {
+            self.counters.plain_syns += 1;
+            // Its SYN-ACK must not get what an earlier SYN of the same client asked for (S1).
+            self.half_open.remove(Key { client: syn.client, service: syn.asked });
+            return Action::Pass;
+        };
+        if !fit(packet) {
+            self.counters.unfit_syns += 1;
+            return Action::Pass;
+        }
+        if let Some(&port) = self.elsewhere.get(&syn.asked).filter(|_| option.hops < self.max_hops) {
+            return self.answer(now, packet, &syn, option.hops, port, false);
+        }
+        match port {
+            Port::Service(service) => self.on_syn_to_service(now, packet, &syn, &option, service),
+            Port::Redirect(service) => self.on_syn_to_redirect(now, packet, &syn, &option, service),
+        }
+    }
+
+    /// SYN(R) to Y: the local TCP's, its SYN-ACK gets C (`S1`, `S3`).
+    fn on_syn_to_service(
+        &mut self,
+        now: Instant,
+        packet: &mut Packet,
+        syn: &Syn,
+        option: &RedirectOption,
+        service: ServicePorts,
+    ) -> Action {
+        packet.strip_redirect(self.exid);
+        if self.deaf.contains(&service.service_socket()) {
+            return self.decline(syn, DeclineReason::NotListening);
+        }
+        self.remember(now, syn, service, service.service_port, option.hops);
+        self.counters.syns_to_service += 1;
+        Action::Pass
+    }
+
+    /// SYN(R) or SYN(R C) to X (`S1`, `S2`).
+    fn on_syn_to_redirect(
+        &mut self,
+        now: Instant,
+        packet: &mut Packet,
+        syn: &Syn,
+        option: &RedirectOption,
+        service: ServicePorts,
+    ) -> Action {
+        let declined = if self.deaf.contains(&service.service_socket()) {
+            Some(DeclineReason::NotListening)
+        } else if option.hops >= self.max_hops {
+            Some(DeclineReason::TooManyHops)
+        } else {
+            None
+        };
+        if let Some(reason) = declined {
+            packet.strip_redirect(self.exid);
+            return self.decline(syn, reason);
+        }
+        if option.confirm {
+            return self.answer(now, packet, syn, option.hops, service.service_port, true);
+        }
+        // After a SYN to Y SYN-ACKs come from Y only (S3): a late copy of the SYN to X changes nothing.
+        let key = Key { client: syn.client, service: service.service_socket() };
+        let at_service = self
+            .half_open
+            .get(now, key)
+            .is_some_and(|known| known.asked == service.service_port && known.isn == syn.isn);
+        let asked = if at_service { service.service_port } else { service.redirect_port };
+        packet.strip_redirect(self.exid);
+        packet.set_destination_port(service.service_port);
+        self.remember(now, syn, service, asked, option.hops);
+        self.counters.syns_turned += 1;
+        Action::Pass
+    }
+
+    fn remember(&mut self, now: Instant, syn: &Syn, service: ServicePorts, asked: u16, hops: u8) {
+        let key = Key { client: syn.client, service: service.service_socket() };
+        let evicted = self.half_open.insert(now, key, HalfOpen { asked, isn: syn.isn, hops });
+        self.counters.half_open_evicted += u64::from(evicted);
+    }
+
+    fn decline(&mut self, syn: &Syn, reason: DeclineReason) -> Action {
+        match reason {
+            DeclineReason::NotListening => self.counters.not_listening += 1,
+            DeclineReason::TooManyHops => self.counters.too_many_hops += 1,
+            DeclineReason::NoRoom => self.counters.syn_acks_no_room += 1,
+        }
+        self.report(ServerEvent::Declined { client: syn.client, asked: syn.asked, reason });
+        Action::Pass
+    }
+
+    /// Answers from the SYN alone (`S2`); O only for a port of our own (`S1`).
+    fn answer(&mut self, now: Instant, packet: &Packet, syn: &Syn, hops: u8, port: u16, own: bool) -> Action {
+        let option = RedirectOption {
+            confirm: true,
+            port: Some(port),
+            hops,
+            observed: own.then(|| observed_digest(syn.client)),
+            ..RedirectOption::default()
+        };
+        match self.answerer.answer(now, packet, &option) {
+            Some(answer) => {
+                let counter =
+                    if own { &mut self.counters.answered } else { &mut self.counters.answered_elsewhere };
+                *counter += 1;
+                self.transmit(Towards::Network, answer);
+                self.report(ServerEvent::Answered { client: syn.client, asked: syn.asked, port });
+            }
+            None => self.counters.syn_acks_no_room += 1,
+        }
+        Action::Drop
+    }
+
+    /// The SYN-ACK from Y to a SYN with R (`S1`, `S3`).
+    fn mark_syn_ack(&mut self, packet: &mut Packet, key: Key, half_open: HalfOpen) {
+        let moved = half_open.asked != key.service.port();
+        let option = RedirectOption {
+            confirm: true,
+            port: moved.then_some(key.service.port()),
+            hops: half_open.hops,
+            observed: moved.then(|| observed_digest(key.client)),
+            ..RedirectOption::default()
+        };
+        let asked = SocketAddr::new(key.service.ip(), half_open.asked);
+        let fitted = packet.insert_redirect_fitting(self.exid, &option, false, self.mtu);
+        packet.set_source_port(half_open.asked);
+        match (fitted, moved) {
+            (Ok(()), true) => {
+                self.counters.syn_acks_moved += 1;
+                self.report(ServerEvent::HandedOver { client: key.client, asked, port: key.service.port() });
+            }
+            (Ok(()), false) => {
+                self.counters.syn_acks_confirmed += 1;
+                self.report(ServerEvent::Confirmed { client: key.client, service: key.service });
+            }
+            (Err(_), moved) => {
+                let syn = Syn { client: key.client, asked, isn: half_open.isn };
+                let _ = self.decline(&syn, DeclineReason::NoRoom);
+                if moved {
+                    self.half_open.remove(key);
+                    let reset = Segment::bare(key.client, key.service, TcpFlags::RST);
+                    self.transmit(Towards::Local, Segment { seq: half_open.isn + 1, ..reset }.emit());
+                }
+            }
+        }
+    }
+
+    /// An ICMP error about a SYN-ACK that we moved is made to quote what the local TCP sent (`I2`).
+    fn on_icmp(&mut self, now: Instant, packet: &mut Packet) -> Action {
+        let quoted = packet.icmp().and_then(|icmp| icmp.quoted());
+        let Some(quoted) = quoted.filter(|quoted| quoted.protocol == Protocol::Tcp) else {
+            return self.pass();
+        };
+        let source = SocketAddr::new(quoted.source, quoted.source_port);
+        let Some(Port::Redirect(service)) = self.ports.get(&source).copied() else { return self.pass() };
+        let client = SocketAddr::new(quoted.destination, quoted.destination_port);
+        let known = self.half_open.get(now, Key { client, service: service.service_socket() });
+        if known.is_none_or(|known| known.asked != service.redirect_port) {
+            return self.pass();
+        }
+        packet.set_quoted_source(service.service_socket());
+        self.counters.icmp_turned += 1;
+        Action::Pass
+    }
+
+    fn transmit(&mut self, towards: Towards, packet: Packet) {
+        if self.transmits.len() < TRANSMIT_QUEUE {
+            self.transmits.push_back(Transmit { towards, packet });
+        } else {
+            self.counters.overflowed += 1;
+        }
+    }
+
+    fn report(&mut self, event: ServerEvent) {
+        if self.events.len() < EVENT_QUEUE {
+            self.events.push_back(event);
+        } else {
+            self.counters.overflowed += 1;
+        }
+    }
+}
+
+/// What every decision about a SYN needs.
+#[derive(Debug, Clone, Copy)]
+struct Syn {
+    client: SocketAddr,
+    asked: SocketAddr,
+    isn: SeqNumber,
+}
+
+impl Syn {
+    fn read(packet: &Packet) -> Option<Syn> {
+        let isn = packet.tcp()?.seq();
+        Some(Syn { client: packet.source_socket()?, asked: packet.destination_socket()?, isn })
+    }
+}
+
+/// Whether a SYN with R may be touched at all.
+fn fit(packet: &Packet) -> bool {
+    // A signature or another protocol's token over the segment would not survive a rewrite (C1).
+    let bound = |tcp: TcpView<'_>| {
+        tcp.options().map_while(Result::ok).any(|option| {
+            matches!(option, TcpOption::Md5Signature | TcpOption::Authentication | TcpOption::Multipath)
+        })
+    };
+    packet.offload().gso.is_none()
+        && packet.source() != packet.destination()
+        && packet.source_socket().is_some_and(|client| client.port() != 0 && reply::can_answer(client.ip()))
+        && packet.checksum_ok()
+        && !packet.tcp().is_some_and(bound)
+}

@@ -1,0 +1,168 @@
+//! What the server's machine is told, what it counts and what it reports.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::wire::DEFAULT_EXID;
+
+/// One redirect port and the service port of ours that it stands for (PROTOCOL.md §1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ServicePorts {
+    /// What clients' packets are addressed to when they reach this host: the VIP, or the server's own address behind a
+    /// balancer that rewrites it.
+    pub address: IpAddr,
+    /// X: shared by a set of servers.
+    pub redirect_port: u16,
+    /// Y: owned by this server alone. Equal to X where the server is reached under that number only; nothing is
+    /// redirected then, only confirmed (`S1`).
+    pub service_port: u16,
+}
+
+impl ServicePorts {
+    /// `address:X`.
+    pub fn redirect_socket(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.redirect_port)
+    }
+
+    /// `address:Y`.
+    pub fn service_socket(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.service_port)
+    }
+}
+
+/// What a [`Server`](super::Server) is told at its start.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// The experiment identifier of the deployment (RFC 6994).
+    pub exid: u16,
+    /// The ports. A port that appears twice at one address means its first entry.
+    pub services: Vec<ServicePorts>,
+    /// The secret behind the sequence numbers of stateless answers (`S2`). Choose it at random: who knows it can
+    /// predict them.
+    pub isn_key: [u8; 16],
+    /// Half-open connections remembered, at most (`S5`); the oldest makes room.
+    pub half_open_limit: usize,
+    /// How long one is remembered after its latest SYN (`S5`). Linux repeats a SYN-ACK for 63 s.
+    pub half_open_lifetime: Duration,
+    /// The largest packet, in bytes, towards clients (`W3`, and the MSS of stateless answers).
+    pub mtu: usize,
+    /// Redirects of one connect after which no further one is answered; such a SYN stays plain (`C3`).
+    pub max_hops: u8,
+    /// Challenge ACKs (`S7`), and RSTs to segments without a connection (`S8`), at most in a second, each.
+    pub replies_per_second: u32,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        ServerConfig {
+            exid: DEFAULT_EXID,
+            services: Vec::new(),
+            isn_key: [0; 16],
+            half_open_limit: 65_536,
+            half_open_lifetime: Duration::from_secs(64),
+            mtu: 1500,
+            max_hops: 3,
+            replies_per_second: 100,
+        }
+    }
+}
+
+/// What a [`Server`](super::Server) has done since its start, in packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct ServerCounters {
+    /// SYNs answered from the SYN alone with a redirect to our own port (`S2`).
+    pub answered: u64,
+    /// SYNs answered from the SYN alone with a redirect to another server's port (`S2`).
+    pub answered_elsewhere: u64,
+    /// SYNs turned from X to Y (`S1`).
+    pub syns_turned: u64,
+    /// SYNs with R that came to Y itself: reconnecting, probing, opening there (`S1`).
+    pub syns_to_service: u64,
+    /// SYN-ACKs from Y sent from X with C P=Y O (`S1`).
+    pub syn_acks_moved: u64,
+    /// SYN-ACKs from Y that got C (`S1`).
+    pub syn_acks_confirmed: u64,
+    /// SYN-ACKs from Y without an entry in the table: passed unmarked (`S5`).
+    pub syn_acks_unknown: u64,
+    /// SYN-ACKs without room for the option (`W2`, `W3`).
+    pub syn_acks_no_room: u64,
+    /// SYNs without R to a port of ours: plain clients.
+    pub plain_syns: u64,
+    /// SYNs with R passed as plain ones because nobody listens on Y (`S6`).
+    pub not_listening: u64,
+    /// SYNs with R passed as plain ones because of their hops.
+    pub too_many_hops: u64,
+    /// SYNs with R passed unchanged because a SYN like this must not be touched: MD5, AO, MPTCP (`C1`), a fragment, a
+    /// wrong checksum, a source that cannot be a client.
+    pub unfit_syns: u64,
+    /// Malformed redirect options, ignored (`W1`).
+    pub bad_options: u64,
+    /// Entries that left the half-open table because it was full (`S5`).
+    pub half_open_evicted: u64,
+    /// Entries that left the half-open table because of their age (`S5`).
+    pub half_open_expired: u64,
+    /// ICMP errors whose quoted source was turned from X to Y (`I2`).
+    pub icmp_turned: u64,
+    /// Challenge ACKs made (`S7`).
+    pub challenge_acks: u64,
+    /// RSTs made for segments without a connection (`S8`).
+    pub resets: u64,
+    /// Challenge ACKs and RSTs not made because of their rate.
+    pub replies_limited: u64,
+    /// Everything else: passed unchanged.
+    pub passed: u64,
+    /// Packets and events given up because the driver did not take them.
+    pub overflowed: u64,
+}
+
+/// What a [`Server`](super::Server) reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerEvent {
+    /// A SYN(R C) was answered from the SYN alone: the client is to come again to `port` (`S2`).
+    Answered {
+        /// The client as seen here.
+        client: SocketAddr,
+        /// What it asked for.
+        asked: SocketAddr,
+        /// Where it was sent.
+        port: u16,
+    },
+    /// A SYN-ACK from Y left from X: the client is to go on at `port` (`S1`).
+    HandedOver {
+        /// The client as seen here.
+        client: SocketAddr,
+        /// What it asked for.
+        asked: SocketAddr,
+        /// Where it was sent.
+        port: u16,
+    },
+    /// A connection to a service port was confirmed (`S1`).
+    Confirmed {
+        /// The client as seen here.
+        client: SocketAddr,
+        /// The service port's socket.
+        service: SocketAddr,
+    },
+    /// A SYN with R was left to plain TCP.
+    Declined {
+        /// The client as seen here.
+        client: SocketAddr,
+        /// What it asked for.
+        asked: SocketAddr,
+        /// Why.
+        reason: DeclineReason,
+    },
+}
+
+/// Why a SYN with R was left to plain TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeclineReason {
+    /// Nobody listens on Y (`S6`).
+    NotListening,
+    /// The client has been redirected too often in this connect (`C3`).
+    TooManyHops,
+    /// The option did not fit into the SYN-ACK (`W2`).
+    NoRoom,
+}
