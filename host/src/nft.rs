@@ -1,0 +1,388 @@
+//! Turns a [`Divert`] into one nftables table, created and replaced in one batch.
+
+use std::net::IpAddr;
+
+use nlink::Connection;
+use nlink::netlink::Nftables;
+use nlink::netlink::nftables::{
+    BaseChain, Chain, CmpOp, Expr, ExthdrOp, Family as Table, FilterHook, LookupExpr, MetaKey, PacketField,
+    PayloadBase, Priority, Register, Rule, Set, SetElement, SetKeyType, TcpFlags, Transaction,
+};
+
+use crate::divert::{Divert, QuotedMatch, SegmentMatch};
+use crate::error::{HostError, absent};
+use crate::prefix::{Family, PortRange, Prefix};
+
+const TCP: u8 = 6;
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+/// Elements in one message: a netlink attribute holds less than 64 KiB.
+const ELEMENTS_PER_MESSAGE: usize = 512;
+
+const PREROUTING: &str = "prerouting";
+const OUTPUT: &str = "output";
+const RAW_PREROUTING: &str = "raw_prerouting";
+const RAW_OUTPUT: &str = "raw_output";
+
+fn connect() -> Result<Connection<Nftables>, HostError> {
+    Connection::<Nftables>::new().map_err(|error| HostError::netlink("open an nftables socket", error))
+}
+
+/// Whether this kernel has nftables with what a [`Divert`] needs: asked by a batch that creates a table with such
+/// rules and deletes it again, and so changes nothing. If not, divert everything by policy rules.
+pub async fn nft_available() -> bool {
+    const PROBE: &str = "shunt_probe";
+    let probe = Divert {
+        mark: 1,
+        mask: 1,
+        incoming: vec![SegmentMatch {
+            destination: vec![Prefix::all(Family::V4), Prefix::all(Family::V6)],
+            destination_ports: vec![1.into(), 3.into()],
+            option: Some(crate::divert::OPTION_KIND),
+            ..SegmentMatch::default()
+        }],
+        outgoing: vec![SegmentMatch::default()],
+        ..Divert::default()
+    };
+    let Ok(nft) = connect() else { return false };
+    let result = match Build::new(&nft, PROBE, false).divert(&probe) {
+        Ok(transaction) => {
+            transaction.del_table(PROBE, Table::Inet).commit(&nft).await.map_err(|e| e.to_string())
+        }
+        Err(error) => Err(error.to_string()),
+    };
+    if let Err(why) = &result {
+        tracing::debug!(why, "nftables cannot be used here");
+    }
+    result.is_ok()
+}
+
+/// Creates the table, or replaces it, atomically.
+pub(crate) async fn install(table: &str, divert: &Divert) -> Result<(), HostError> {
+    let nft = connect()?;
+    let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
+    let exists = nft
+        .list_tables_in(Table::Inet)
+        .await
+        .map_err(failed)?
+        .iter()
+        .any(|listed| listed.name.as_str() == table);
+    let transaction = Build::new(&nft, table, exists).divert(divert)?;
+    transaction.commit(&nft).await.map_err(failed)
+}
+
+/// Removes the table; says whether it was there. A kernel without nftables has none.
+pub(crate) async fn remove(table: &str) -> Result<bool, HostError> {
+    let Ok(nft) = connect() else { return Ok(false) };
+    match nft.del_table(table, Table::Inet).await {
+        Ok(()) => Ok(true),
+        Err(error) if absent(&error) || unsupported(&error) => Ok(false),
+        Err(error) => Err(HostError::netlink(format!("remove the nftables table {table}"), error)),
+    }
+}
+
+fn unsupported(error: &nlink::Error) -> bool {
+    use nix::libc::{EAFNOSUPPORT, EINVAL, EOPNOTSUPP, EPROTONOSUPPORT};
+    error.is_not_supported()
+        || matches!(error.errno(), Some(no) if [EAFNOSUPPORT, EINVAL, EOPNOTSUPP, EPROTONOSUPPORT].contains(&no))
+}
+
+/// A batch in the making.
+struct Build<'a> {
+    table: &'a str,
+    transaction: Transaction,
+    sets: Vec<(Set, Vec<SetElement>)>,
+    rules: Vec<Rule>,
+}
+
+/// Which end of a packet an address or a port is.
+#[derive(Clone, Copy)]
+enum End {
+    Source,
+    Destination,
+}
+
+impl End {
+    fn address(self, family: Family) -> PacketField {
+        match (self, family) {
+            (End::Source, Family::V4) => PacketField::Ip4Saddr,
+            (End::Source, Family::V6) => PacketField::Ip6Saddr,
+            (End::Destination, Family::V4) => PacketField::Ip4Daddr,
+            (End::Destination, Family::V6) => PacketField::Ip6Daddr,
+        }
+    }
+
+    fn port(self) -> PacketField {
+        match self {
+            End::Source => PacketField::TcpSport,
+            End::Destination => PacketField::TcpDport,
+        }
+    }
+
+    /// Where the quoted address begins in an ICMP message: 8 bytes of ICMP, then the IP header.
+    fn quoted(self, family: Family) -> (u32, u32) {
+        match (self, family) {
+            (End::Source, Family::V4) => (8 + 12, 4),
+            (End::Destination, Family::V4) => (8 + 16, 4),
+            (End::Source, Family::V6) => (8 + 8, 16),
+            (End::Destination, Family::V6) => (8 + 24, 16),
+        }
+    }
+}
+
+impl<'a> Build<'a> {
+    fn new(nft: &Connection<Nftables>, table: &'a str, exists: bool) -> Self {
+        let mut transaction = nft.transaction();
+        if exists {
+            transaction = transaction.del_table(table, Table::Inet);
+        }
+        Self {
+            table,
+            transaction: transaction.add_table(table, Table::Inet),
+            sets: Vec::new(),
+            rules: Vec::new(),
+        }
+    }
+
+    fn divert(mut self, divert: &Divert) -> Result<Transaction, HostError> {
+        let mark = |rule: Rule| rule.set_mark_masked(divert.mark, divert.mask);
+        if let Some(interface) = &divert.except_interface {
+            self.rules.push(self.rule(PREROUTING).match_iif(interface).accept());
+        }
+        for (chain, segments) in [(PREROUTING, &divert.incoming), (OUTPUT, &divert.outgoing)] {
+            for segment in segments {
+                self.segment(chain, segment, mark)?;
+            }
+        }
+        for quoted in &divert.icmp {
+            for family in Family::BOTH {
+                self.quoted(family, quoted, mark)?;
+            }
+        }
+        for (chain, segments) in
+            [(RAW_PREROUTING, &divert.untracked_incoming), (RAW_OUTPUT, &divert.untracked_outgoing)]
+        {
+            for segment in segments {
+                self.segment(chain, segment, Rule::notrack)?;
+            }
+        }
+        self.finish(divert)
+    }
+
+    /// Chains come after the sets and before the rules; only those that hold rules are made.
+    fn finish(self, divert: &Divert) -> Result<Transaction, HostError> {
+        let Self { table, mut transaction, sets, rules } = self;
+        for (set, elements) in sets {
+            transaction = transaction.add_set(set.clone());
+            for chunk in elements.chunks(ELEMENTS_PER_MESSAGE) {
+                transaction = transaction.add_set_elements(&set, chunk);
+            }
+        }
+        let chains = [
+            (
+                !(divert.incoming.is_empty() && divert.icmp.is_empty() && divert.except_interface.is_none()),
+                PREROUTING,
+                BaseChain::filter(FilterHook::Prerouting, Priority::Mangle),
+            ),
+            (!divert.outgoing.is_empty(), OUTPUT, BaseChain::route(Priority::Mangle)),
+            (
+                !divert.untracked_incoming.is_empty(),
+                RAW_PREROUTING,
+                BaseChain::filter(FilterHook::Prerouting, Priority::Raw),
+            ),
+            (
+                !divert.untracked_outgoing.is_empty(),
+                RAW_OUTPUT,
+                BaseChain::filter(FilterHook::Output, Priority::Raw),
+            ),
+        ];
+        for (needed, name, base) in chains {
+            if needed {
+                let chain = Chain::new(table, name)
+                    .map_err(|error| HostError::netlink(format!("name the nftables table {table}"), error))?;
+                transaction = transaction.add_chain(chain.family(Table::Inet).base(base));
+            }
+        }
+        for rule in rules {
+            transaction = transaction.add_rule(rule);
+        }
+        Ok(transaction)
+    }
+
+    fn rule(&self, chain: &str) -> Rule {
+        Rule::new(self.table, chain).family(Table::Inet)
+    }
+
+    fn segment(
+        &mut self,
+        chain: &str,
+        segment: &SegmentMatch,
+        then: impl Fn(Rule) -> Rule,
+    ) -> Result<(), HostError> {
+        let families = match segment.families() {
+            None => vec![None],
+            Some(families) => families.into_iter().map(Some).collect(),
+        };
+        for family in families {
+            let mut rule = self.rule(chain);
+            if let Some(interface) = &segment.interface {
+                rule = rule.match_iif(interface);
+            }
+            if let Some(family) = family {
+                rule = self.addresses(rule, End::Source, family, &segment.source)?;
+                rule = self.addresses(rule, End::Destination, family, &segment.destination)?;
+            }
+            rule = rule.match_l4proto(TCP);
+            rule = self.ports(rule, End::Source, &segment.source_ports);
+            rule = self.ports(rule, End::Destination, &segment.destination_ports);
+            if let Some(flags) = segment.flags {
+                rule = rule.match_tcp_flags(TcpFlags(flags.value), TcpFlags(flags.mask));
+            }
+            if let Some(kind) = segment.option {
+                // Loading a byte of an option that is not there ends the rule, so this is "exists".
+                rule = rule.expr(Expr::Exthdr {
+                    dreg: Register::R0,
+                    op: ExthdrOp::TcpOpt,
+                    exthdr_type: kind,
+                    offset: 0,
+                    len: 1,
+                });
+            }
+            self.rules.push(then(rule));
+        }
+        Ok(())
+    }
+
+    fn addresses(
+        &mut self,
+        rule: Rule,
+        end: End,
+        family: Family,
+        list: &[Prefix],
+    ) -> Result<Rule, HostError> {
+        let of_family: Vec<Prefix> =
+            list.iter().copied().filter(|prefix| prefix.family() == family).collect();
+        Ok(match (of_family.as_slice(), end) {
+            ([], _) => rule,
+            ([one], End::Source) => rule.match_saddr(one.address(), one.len()),
+            ([one], End::Destination) => rule.match_daddr(one.address(), one.len()),
+            (several, _) => {
+                let set = self.address_set(family, several)?;
+                rule.match_in_set(end.address(family), &set)
+            }
+        })
+    }
+
+    fn ports(&mut self, rule: Rule, end: End, list: &[PortRange]) -> Rule {
+        match PortRange::merged(list.iter().copied()).as_slice() {
+            [] => rule,
+            [one] => rule.match_range(end.port(), one.first(), one.last()),
+            several => {
+                let elements: Vec<SetElement> =
+                    several.iter().map(|range| SetElement::port_range(range.first(), range.last())).collect();
+                let set = self.set(SetKeyType::InetService, true, elements);
+                rule.match_in_set(end.port(), &set)
+            }
+        }
+    }
+
+    /// ICMP errors of one family. Only quotes of an IPv4 header without options are looked into further than the
+    /// addresses; both families' quotes must be of TCP.
+    fn quoted(
+        &mut self,
+        family: Family,
+        quoted: &QuotedMatch,
+        then: impl Fn(Rule) -> Rule,
+    ) -> Result<(), HostError> {
+        let of_family = |list: &[IpAddr]| -> Vec<Prefix> {
+            let mine = list.iter().filter(|address| Family::of(**address) == family);
+            mine.map(|address| Prefix::host(*address)).collect()
+        };
+        let ends = [
+            (End::Source, &quoted.source, of_family(&quoted.source)),
+            (End::Destination, &quoted.destination, of_family(&quoted.destination)),
+        ];
+        let named = ends.iter().any(|(_, _, mine)| !mine.is_empty());
+        let impossible = ends.iter().any(|(_, all, mine)| !all.is_empty() && mine.is_empty());
+        if !named || impossible {
+            return Ok(());
+        }
+        let (protocol, types, quoted_protocol): (u8, &[u8], u32) = match family {
+            // Destination unreachable, time exceeded, parameter problem.
+            Family::V4 => (ICMP, &[3, 11, 12], 8 + 9),
+            // Destination unreachable, packet too big, time exceeded, parameter problem.
+            Family::V6 => (ICMPV6, &[1, 2, 3, 4], 8 + 6),
+        };
+        let address_sets: Vec<(End, Expr)> = ends
+            .into_iter()
+            .filter(|(_, _, mine)| !mine.is_empty())
+            .map(|(end, _, mine)| {
+                Ok((end, LookupExpr::new(self.address_set(family, &mine)?, Register::R0).into()))
+            })
+            .collect::<Result<_, HostError>>()?;
+        for kind in types {
+            let mut rule = self.rule(PREROUTING);
+            if let Some(interface) = &quoted.interface {
+                rule = rule.match_iif(interface);
+            }
+            rule = rule
+                .expr(Expr::Meta { dreg: Register::R0, key: MetaKey::L4Proto })
+                .expr(equals(&[protocol]))
+                .expr(transport(0, 1))
+                .expr(equals(&[*kind]))
+                .expr(transport(quoted_protocol, 1))
+                .expr(equals(&[TCP]));
+            for (end, lookup) in &address_sets {
+                let (offset, len) = end.quoted(family);
+                rule = rule.expr(transport(offset, len)).expr(lookup.clone());
+            }
+            self.rules.push(then(rule));
+        }
+        Ok(())
+    }
+
+    fn address_set(&mut self, family: Family, prefixes: &[Prefix]) -> Result<String, HostError> {
+        let key = match family {
+            Family::V4 => SetKeyType::Ipv4Addr,
+            Family::V6 => SetKeyType::Ipv6Addr,
+        };
+        let mut distinct = prefixes.to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let interval = distinct.iter().any(|prefix| !prefix.is_host());
+        if interval {
+            // Ranges in a set must not overlap.
+            let all = distinct.clone();
+            distinct.retain(|prefix| !all.iter().any(|other| other != prefix && other.covers(*prefix)));
+        }
+        let elements: Vec<SetElement> = distinct
+            .iter()
+            .map(|prefix| match (prefix.address(), interval) {
+                (IpAddr::V4(v4), false) => Ok(SetElement::ipv4(v4)),
+                (IpAddr::V6(v6), false) => Ok(SetElement::ipv6(v6)),
+                (IpAddr::V4(v4), true) => SetElement::ipv4_prefix(v4, prefix.len()),
+                (IpAddr::V6(v6), true) => SetElement::ipv6_prefix(v6, prefix.len()),
+            })
+            .collect::<nlink::Result<_>>()
+            .map_err(|error| HostError::netlink("build an nftables set", error))?;
+        Ok(self.set(key, interval, elements))
+    }
+
+    fn set(&mut self, key: SetKeyType, interval: bool, elements: Vec<SetElement>) -> String {
+        let name = format!("s{}", self.sets.len());
+        let mut set = Set::new(self.table, &name).family(Table::Inet).key_type(key);
+        if interval {
+            set = set.interval();
+        }
+        self.sets.push((set, elements));
+        name
+    }
+}
+
+fn transport(offset: u32, len: u32) -> Expr {
+    Expr::Payload { dreg: Register::R0, base: PayloadBase::Transport, offset, len }
+}
+
+fn equals(data: &[u8]) -> Expr {
+    Expr::Cmp { sreg: Register::R0, op: CmpOp::Eq, data: data.to_vec() }
+}

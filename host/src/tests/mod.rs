@@ -1,0 +1,5 @@
+//! Tests of the whole against the kernel, each in a network namespace of its own.
+
+mod divert;
+mod host;
+mod query;
