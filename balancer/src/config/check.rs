@@ -1,0 +1,319 @@
+//! What a file may not say.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::ops::Range;
+
+use shunt_host::{ConfigError, Family, Role, Source};
+use toml::Spanned;
+
+use super::file::{Addresses, File, ServerTable, ServiceTable};
+use super::{
+    Config, ForwardMode, Legacy, MAX_DIRECT_SERVERS, MAX_SERVERS, MAX_SERVICES, MAX_VIPS, MAX_WEIGHT, Server,
+    Service,
+};
+
+type Result<T> = std::result::Result<T, ConfigError>;
+
+/// Reads and checks the whole file.
+pub(super) fn check(source: &Source) -> Result<Config> {
+    shunt_host::expect_role(source, Role::Balancer)?;
+    let file: File = source.parse()?;
+    let checker = Checker { source, forward: file.forward };
+    let vips = checker.vips(&file.vips)?;
+    let services = checker.services(&file.service, &vips)?;
+    let servers = checker.servers(&file.server, &services, &vips)?;
+    checker.service_ports_are_unique(&file, &services, &servers)?;
+    let default_server = checker.named_server(file.default_server.as_ref(), &servers)?;
+    let legacy = file.legacy.as_ref().map_or_else(Legacy::default, |legacy| *legacy.get_ref());
+    let legacy_server = checker.named_server(file.legacy_server.as_ref(), &servers)?;
+    if let (Some(written), Legacy::Hash | Legacy::Drop) = (&file.legacy_server, legacy) {
+        let message = "a legacy_server only serves with `legacy = \"default-server\"`";
+        return Err(source.error_at(written.span(), message));
+    }
+    if let (Some(written), Legacy::DefaultServer, None) =
+        (&file.legacy, legacy, legacy_server.or(default_server))
+    {
+        let message =
+            "there is no default server: add `default_server = \"NAME\"` or `legacy_server = \"NAME\"`";
+        return Err(source.error_at(written.span(), message));
+    }
+    let host = file.host.resolve(Role::Balancer, source)?;
+    let config = Config {
+        path: source.path.clone(),
+        vips,
+        legacy,
+        forward: file.forward,
+        default_server,
+        legacy_server: legacy_server.or(default_server).filter(|_| legacy == Legacy::DefaultServer),
+        services,
+        servers,
+        host,
+    };
+    checker.way_back_is_unambiguous(&file, &config)?;
+    Ok(config)
+}
+
+struct Checker<'a> {
+    source: &'a Source,
+    forward: ForwardMode,
+}
+
+impl Checker<'_> {
+    fn fail<T>(&self, span: Range<usize>, message: impl Into<String>) -> Result<T> {
+        Err(self.source.error_at(span, message))
+    }
+
+    fn name(&self, name: &Spanned<String>, seen: &mut HashSet<String>, what: &str) -> Result<String> {
+        let text = name.get_ref();
+        let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if text.is_empty() || text.len() > 64 || !text.chars().all(good) {
+            let message = format!(
+                "{text:?} cannot name a {what}: 1 to 64 letters, digits, hyphens, underscores and dots"
+            );
+            return self.fail(name.span(), message);
+        }
+        if !seen.insert(text.clone()) {
+            return self.fail(name.span(), format!("another {what} is named {text:?}"));
+        }
+        Ok(text.clone())
+    }
+
+    fn unicast(&self, address: IpAddr, span: Range<usize>) -> Result<()> {
+        let mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+        let broadcast = address == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
+        if address.is_unspecified() || address.is_multicast() || address.is_loopback() || mapped || broadcast
+        {
+            return self.fail(span, format!("{address} cannot be reached from other hosts"));
+        }
+        Ok(())
+    }
+
+    fn vips(&self, written: &Spanned<Vec<Spanned<IpAddr>>>) -> Result<Vec<IpAddr>> {
+        let list = written.get_ref();
+        if list.is_empty() || list.len() > MAX_VIPS {
+            return self.fail(written.span(), format!("between 1 and {MAX_VIPS} VIPs are needed"));
+        }
+        let mut vips = Vec::with_capacity(list.len());
+        for vip in list {
+            self.unicast(*vip.get_ref(), vip.span())?;
+            if vips.contains(vip.get_ref()) {
+                return self.fail(vip.span(), format!("the VIP {} is listed twice", vip.get_ref()));
+            }
+            vips.push(*vip.get_ref());
+        }
+        Ok(vips)
+    }
+
+    fn services(&self, tables: &[ServiceTable], vips: &[IpAddr]) -> Result<Vec<Service>> {
+        let (mut services, mut names) = (Vec::with_capacity(tables.len()), HashSet::new());
+        let mut taken: HashMap<(IpAddr, u16), &str> = HashMap::new();
+        for table in tables {
+            let name = self.name(&table.name, &mut names, "service")?;
+            if services.len() == MAX_SERVICES {
+                return self.fail(table.name.span(), format!("more than {MAX_SERVICES} services"));
+            }
+            let port = *table.redirect_port.get_ref();
+            self.port(&table.redirect_port)?;
+            let vips = self.vips_of(table, vips)?;
+            for vip in &vips {
+                if let Some(other) = taken.insert((*vip, port), table.name.get_ref()) {
+                    let message = format!("redirect port {port} of {vip} is the service {other:?}'s already");
+                    return self.fail(table.redirect_port.span(), message);
+                }
+            }
+            services.push(Service { name, redirect_port: port, policy: table.policy, vips });
+        }
+        Ok(services)
+    }
+
+    fn vips_of(&self, table: &ServiceTable, vips: &[IpAddr]) -> Result<Vec<IpAddr>> {
+        let Some(written) = &table.vips else { return Ok(vips.to_vec()) };
+        if written.get_ref().is_empty() {
+            return self.fail(written.span(), "a service needs a VIP; leave `vips` out to mean all");
+        }
+        let mut own = Vec::new();
+        for vip in written.get_ref() {
+            if !vips.contains(vip.get_ref()) {
+                return self.fail(vip.span(), format!("{} is none of the file's `vips`", vip.get_ref()));
+            }
+            if own.contains(vip.get_ref()) {
+                return self.fail(vip.span(), format!("the VIP {} is listed twice", vip.get_ref()));
+            }
+            own.push(*vip.get_ref());
+        }
+        Ok(own)
+    }
+
+    fn port(&self, port: &Spanned<u16>) -> Result<()> {
+        if *port.get_ref() == 0 { self.fail(port.span(), "port 0 cannot be used") } else { Ok(()) }
+    }
+
+    fn servers(&self, tables: &[ServerTable], services: &[Service], vips: &[IpAddr]) -> Result<Vec<Server>> {
+        let most = if self.forward == ForwardMode::Direct { MAX_DIRECT_SERVERS } else { MAX_SERVERS };
+        let (mut servers, mut names) = (Vec::with_capacity(tables.len()), HashSet::new());
+        for table in tables {
+            let name = self.name(&table.name, &mut names, "server")?;
+            if servers.len() == most {
+                let message = format!("more than {most} servers with `forward = \"{}\"`", self.forward);
+                return self.fail(table.name.span(), message);
+            }
+            let mut server = Server {
+                name,
+                addresses: self.addresses(table.address.as_ref(), vips)?,
+                weight: self.weight(table)?,
+                state: table.state,
+                ports: self.ports(table, services)?,
+                device: None,
+                gateways: Vec::new(),
+            };
+            self.connection(table, &mut server, vips)?;
+            servers.push(server);
+        }
+        Ok(servers)
+    }
+
+    fn weight(&self, table: &ServerTable) -> Result<u32> {
+        let Some(weight) = &table.weight else { return Ok(1) };
+        if !(1..=MAX_WEIGHT).contains(weight.get_ref()) {
+            let message =
+                format!("a weight is between 1 and {MAX_WEIGHT}; `state = \"drain\"` stops new connections");
+            return self.fail(weight.span(), message);
+        }
+        Ok(*weight.get_ref())
+    }
+
+    fn addresses(&self, written: Option<&Spanned<Addresses>>, vips: &[IpAddr]) -> Result<Vec<IpAddr>> {
+        let Some(written) = written else { return Ok(Vec::new()) };
+        let list = &written.get_ref().0;
+        if list.is_empty() {
+            return self.fail(written.span(), "an address is missing");
+        }
+        for (index, address) in list.iter().enumerate() {
+            self.unicast(*address, written.span())?;
+            let family = Family::of(*address);
+            if vips.contains(address) {
+                return self.fail(written.span(), format!("{address} is a VIP"));
+            }
+            if list[..index].iter().any(|other| Family::of(*other) == family) {
+                return self.fail(written.span(), format!("more than one {family} address"));
+            }
+            if !vips.iter().any(|vip| Family::of(*vip) == family) {
+                return self.fail(written.span(), format!("{address} is {family}, but no VIP is"));
+            }
+        }
+        Ok(list.clone())
+    }
+
+    fn ports(&self, table: &ServerTable, services: &[Service]) -> Result<Vec<(usize, u16)>> {
+        let mut ports = Vec::with_capacity(table.ports.len());
+        for (name, port) in &table.ports {
+            let Some(service) = services.iter().position(|service| service.name == *name.get_ref()) else {
+                return self.fail(name.span(), format!("there is no service named {:?}", name.get_ref()));
+            };
+            self.port(port)?;
+            ports.push((service, *port.get_ref()));
+        }
+        Ok(ports)
+    }
+
+    /// Address, device and gateway, as the mode needs them.
+    fn connection(&self, table: &ServerTable, server: &mut Server, vips: &[IpAddr]) -> Result<()> {
+        match self.forward {
+            ForwardMode::Network => {
+                if server.addresses.is_empty() {
+                    return self
+                        .fail(table.name.span(), format!("the server {:?} has no `address`", server.name));
+                }
+                let span = table.device.as_ref().map(Spanned::span);
+                match span.or(table.gateway.as_ref().map(Spanned::span)) {
+                    Some(span) => {
+                        self.fail(span, "only `forward = \"direct\"` uses it; the host's routes decide")
+                    }
+                    None => Ok(()),
+                }
+            }
+            ForwardMode::Direct => {
+                let Some(device) = &table.device else {
+                    let message = format!(
+                        "the server {:?} has no `device`, which `forward = \"direct\"` needs",
+                        server.name
+                    );
+                    return self.fail(table.name.span(), message);
+                };
+                let name = device.get_ref();
+                let bad = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':');
+                if name.is_empty()
+                    || name.len() > 15
+                    || matches!(name.as_str(), "." | "..")
+                    || name.contains(bad)
+                {
+                    return self.fail(device.span(), format!("{name:?} cannot be an interface's name"));
+                }
+                server.device = Some(name.clone());
+                server.gateways = self.addresses(table.gateway.as_ref(), vips)?;
+                Ok(())
+            }
+        }
+    }
+
+    /// Y belongs to one server and stands for one redirect port, on every VIP.
+    fn service_ports_are_unique(&self, file: &File, services: &[Service], servers: &[Server]) -> Result<()> {
+        let mut owners: HashMap<(IpAddr, u16), &str> = HashMap::new();
+        for (table, server) in file.server.iter().zip(servers) {
+            for (written, (service, port)) in table.ports.values().zip(&server.ports) {
+                for &vip in &services[*service].vips {
+                    if !server.serves(Family::of(vip)) {
+                        continue;
+                    }
+                    if let Some(owner) = owners.insert((vip, *port), &server.name) {
+                        let message = if owner == server.name {
+                            format!(
+                                "service port {port} of {vip} stands for another service of this server already"
+                            )
+                        } else {
+                            format!("service port {port} of {vip} is the server {owner:?}'s already")
+                        };
+                        return self.fail(written.span(), message);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn named_server(&self, name: Option<&Spanned<String>>, servers: &[Server]) -> Result<Option<usize>> {
+        let Some(name) = name else { return Ok(None) };
+        match servers.iter().position(|server| server.name == *name.get_ref()) {
+            Some(index) => Ok(Some(index)),
+            None => self.fail(name.span(), format!("there is no server named {:?}", name.get_ref())),
+        }
+    }
+
+    /// In `network` mode the VIP of an answer follows from the server's address and port.
+    fn way_back_is_unambiguous(&self, file: &File, config: &Config) -> Result<()> {
+        let mut known: HashMap<(IpAddr, u16), IpAddr> = HashMap::new();
+        for way in config.ways_back() {
+            let other = *known.entry((way.address, way.port)).or_insert(way.vip);
+            if other == way.vip {
+                continue;
+            }
+            let table = &file.server[way.server];
+            let owned = table.ports.values().find(|port| *port.get_ref() == way.port).map(Spanned::span);
+            let shared = config.servers[way.server].ports.iter().position(|(service, _)| {
+                let service = &config.services[*service];
+                service.redirect_port == way.port && service.vips.contains(&way.vip)
+            });
+            let span = owned
+                .or_else(|| table.ports.values().nth(shared?).map(Spanned::span))
+                .unwrap_or_else(|| table.name.span());
+            let message = format!(
+                "answers of {} from port {} could be {other}'s or {}'s: give services their own `vips`, \
+                 servers an address for each, or use `forward = \"direct\"`",
+                way.address, way.port, way.vip
+            );
+            return self.fail(span, message);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,96 @@
+//! The balancer's file as it is written, before it is checked.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+
+use serde::de::{self, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use shunt_host::{HostSettings, Role};
+use toml::Spanned;
+
+use super::{ForwardMode, Legacy, PolicyName, State};
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct File {
+    #[serde(rename = "role")]
+    _role: Role,
+    pub(super) vips: Spanned<Vec<Spanned<IpAddr>>>,
+    #[serde(default)]
+    pub(super) legacy: Option<Spanned<Legacy>>,
+    #[serde(default)]
+    pub(super) forward: ForwardMode,
+    #[serde(default)]
+    pub(super) default_server: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) legacy_server: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) service: Vec<ServiceTable>,
+    #[serde(default)]
+    pub(super) server: Vec<ServerTable>,
+    #[serde(default)]
+    pub(super) host: HostSettings,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ServiceTable {
+    pub(super) name: Spanned<String>,
+    pub(super) redirect_port: Spanned<u16>,
+    #[serde(default)]
+    pub(super) policy: PolicyName,
+    #[serde(default)]
+    pub(super) vips: Option<Spanned<Vec<Spanned<IpAddr>>>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ServerTable {
+    pub(super) name: Spanned<String>,
+    #[serde(default)]
+    pub(super) address: Option<Spanned<Addresses>>,
+    #[serde(default)]
+    pub(super) weight: Option<Spanned<u32>>,
+    #[serde(default)]
+    pub(super) state: State,
+    #[serde(default)]
+    pub(super) ports: BTreeMap<Spanned<String>, Spanned<u16>>,
+    #[serde(default)]
+    pub(super) device: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) gateway: Option<Spanned<Addresses>>,
+}
+
+/// One address, or a list of them.
+#[derive(Debug, Default)]
+pub(super) struct Addresses(pub(super) Vec<IpAddr>);
+
+impl<'de> Deserialize<'de> for Addresses {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(AddressesVisitor)
+    }
+}
+
+struct AddressesVisitor;
+
+impl<'de> Visitor<'de> for AddressesVisitor {
+    type Value = Addresses;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an IP address, or a list of one per family")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Addresses, E> {
+        let address = text.parse().map_err(|_| E::custom(format_args!("{text:?} is no IP address")))?;
+        Ok(Addresses(vec![address]))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Addresses, A::Error> {
+        let mut addresses = Vec::new();
+        while let Some(address) = seq.next_element()? {
+            addresses.push(address);
+        }
+        Ok(Addresses(addresses))
+    }
+}

@@ -1,0 +1,232 @@
+//! The balancer's configuration: read from TOML, checked as a whole, every mistake with its line.
+//!
+//! A [`Config`] only exists checked; what it means for packets is [`Table`](crate::table::Table)'s business.
+
+mod check;
+mod file;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use shunt_host::{ConfigError, Family, HostOptions, Source};
+
+/// The most VIPs of one balancer; each costs 256 KiB of table.
+pub const MAX_VIPS: usize = 256;
+/// The most servers.
+pub const MAX_SERVERS: usize = 60_000;
+/// The most services.
+pub const MAX_SERVICES: usize = 30_000;
+/// The most servers in `direct` mode, where each takes a TUN device and a route table of its own.
+pub const MAX_DIRECT_SERVERS: usize = 120;
+/// The largest weight.
+pub const MAX_WEIGHT: u32 = 65_535;
+
+/// What happens to a plain client's segments on a redirect port (`B3`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Legacy {
+    /// To a server by a Maglev table over client address and port.
+    #[default]
+    Hash,
+    /// To the legacy server, or the default server if there is none.
+    DefaultServer,
+    /// Dropped and counted.
+    Drop,
+}
+
+/// How packets reach a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ForwardMode {
+    /// The destination address is rewritten to the server's; its answers pass here and get the VIP as source.
+    #[default]
+    Network,
+    /// Nothing is rewritten; each server has a device, and the VIP itself.
+    Direct,
+}
+
+/// How a server is chosen for a connection of a client that follows redirects (`B1`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PolicyName {
+    /// By a keyed hash of addresses, ports and ISN.
+    #[default]
+    Random,
+    /// In turn.
+    RoundRobin,
+    /// By the client's address: the same client meets the same server.
+    Source,
+}
+
+/// Whether a server takes new connections (`B7`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// It does.
+    #[default]
+    Up,
+    /// No new selections; its service ports keep working.
+    Drain,
+    /// Out of order: treated as drained, so that what still lives there can end.
+    Down,
+}
+
+/// A service: a redirect port shared by a set of servers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    pub(crate) name: String,
+    pub(crate) redirect_port: u16,
+    pub(crate) policy: PolicyName,
+    /// The VIPs it is reached on.
+    pub(crate) vips: Vec<IpAddr>,
+}
+
+/// A server behind the VIPs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Server {
+    pub(crate) name: String,
+    /// At most one per family; in `direct` mode possibly none.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// From 1 to [`MAX_WEIGHT`].
+    pub(crate) weight: u32,
+    pub(crate) state: State,
+    /// (index of the service, service port).
+    pub(crate) ports: Vec<(usize, u16)>,
+    /// The interface towards it, in `direct` mode.
+    pub(crate) device: Option<String>,
+    /// Next hops on that interface, at most one per family.
+    pub(crate) gateways: Vec<IpAddr>,
+}
+
+impl Server {
+    /// Its address of a family.
+    pub(crate) fn address(&self, family: Family) -> Option<IpAddr> {
+        of_family(&self.addresses, family)
+    }
+
+    /// Whether it can be reached in a family: by its address or, in `direct` mode without addresses, in both.
+    pub(crate) fn serves(&self, family: Family) -> bool {
+        self.addresses.is_empty() || self.address(family).is_some()
+    }
+
+    /// The next hop towards it on its device, `direct` mode; `None` if the VIP itself is looked for on the link.
+    pub(crate) fn next_hop(&self, family: Family) -> Option<IpAddr> {
+        of_family(&self.gateways, family).or_else(|| self.address(family))
+    }
+}
+
+fn of_family(addresses: &[IpAddr], family: Family) -> Option<IpAddr> {
+    addresses.iter().copied().find(|address| Family::of(*address) == family)
+}
+
+/// A balancer's configuration, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    pub(crate) path: PathBuf,
+    pub(crate) vips: Vec<IpAddr>,
+    pub(crate) legacy: Legacy,
+    pub(crate) forward: ForwardMode,
+    /// Index of the server for what is not understood (`B4`).
+    pub(crate) default_server: Option<usize>,
+    /// Index of the server for plain clients with `legacy = "default-server"` (`B3`).
+    pub(crate) legacy_server: Option<usize>,
+    pub(crate) services: Vec<Service>,
+    pub(crate) servers: Vec<Server>,
+    pub(crate) host: HostOptions,
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not TOML, or says something that cannot be meant; with the line.
+    pub fn load(path: impl Into<PathBuf>) -> Result<Config, ConfigError> {
+        Config::parse(&Source::read(path)?)
+    }
+
+    /// Checks a text.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn parse(source: &Source) -> Result<Config, ConfigError> {
+        check::check(source)
+    }
+
+    /// The file it was read from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The shared addresses.
+    pub fn vips(&self) -> &[IpAddr] {
+        &self.vips
+    }
+
+    /// The services, in the order of the file.
+    pub fn services(&self) -> &[Service] {
+        &self.services
+    }
+
+    /// The servers, in the order of the file.
+    pub fn servers(&self) -> &[Server] {
+        &self.servers
+    }
+
+    /// Numbers and names used on the host.
+    pub fn host(&self) -> &HostOptions {
+        &self.host
+    }
+
+    /// Whether there is a VIP of the family.
+    pub(crate) fn has(&self, family: Family) -> bool {
+        self.vips.iter().any(|vip| Family::of(*vip) == family)
+    }
+
+    /// Every (server's address, source port) whose packets are answers of a VIP, with that VIP, in `network` mode;
+    /// not sorted, each at least once. The `usize` is the server's index.
+    pub(crate) fn ways_back(&self) -> Vec<WayBack> {
+        let mut ways = Vec::new();
+        if self.forward != ForwardMode::Network {
+            return ways;
+        }
+        for (index, server) in self.servers.iter().enumerate() {
+            // What no rule places may meet the default server on any redirect port.
+            let any = self.default_server == Some(index) || self.legacy_server == Some(index);
+            for (number, service) in self.services.iter().enumerate() {
+                let owned = server.ports.iter().filter(|(of, _)| *of == number).map(|(_, port)| *port);
+                let member = any || server.ports.iter().any(|(of, _)| *of == number);
+                let ports = owned.chain(member.then_some(service.redirect_port));
+                for port in ports {
+                    for &vip in &service.vips {
+                        if let Some(address) = server.address(Family::of(vip)) {
+                            ways.push(WayBack { address, port, vip, server: index });
+                        }
+                    }
+                }
+            }
+        }
+        ways
+    }
+}
+
+/// One entry of [`Config::ways_back`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WayBack {
+    pub(crate) address: IpAddr,
+    pub(crate) port: u16,
+    pub(crate) vip: IpAddr,
+    pub(crate) server: usize,
+}
+
+impl fmt::Display for ForwardMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ForwardMode::Network => "network",
+            ForwardMode::Direct => "direct",
+        })
+    }
+}

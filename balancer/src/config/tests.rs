@@ -1,0 +1,216 @@
+//! Every mistake is refused with the line it is on.
+
+use shunt_host::Source;
+
+use super::*;
+
+const GOOD: &str = r#"role = "balancer"
+vips = ["203.0.113.10", "2001:db8::10"]
+legacy = "hash"
+forward = "network"
+default_server = "web-2"
+
+[[service]]
+name = "web"
+redirect_port = 443
+policy = "round-robin"
+
+[[server]]
+name = "web-1"
+address = ["10.0.0.11", "fd00::11"]
+weight = 3
+ports = { web = 41001 }
+
+[[server]]
+name = "web-2"
+address = "10.0.0.12"
+state = "drain"
+ports = { web = 41002 }
+
+[host]
+exid = 0x1234
+"#;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(&Source::new("balancer.toml", text))
+}
+
+/// The error of the good file with `from` replaced by `to`.
+fn mistake(from: &str, to: &str) -> ConfigError {
+    assert!(GOOD.contains(from), "{from}");
+    let text = GOOD.replacen(from, to, 1);
+    parse(&text).expect_err(to)
+}
+
+#[test]
+fn a_good_file_is_understood() {
+    let config = parse(GOOD).unwrap();
+    assert_eq!(config.vips.len(), 2);
+    assert_eq!(config.services[0].policy, PolicyName::RoundRobin);
+    assert_eq!((config.servers[0].weight, config.servers[1].weight), (3, 1));
+    assert_eq!(config.servers[1].state, State::Drain);
+    assert_eq!(config.default_server, Some(1));
+    assert_eq!(config.host.exid, 0x1234);
+    assert_eq!(config.path(), Path::new("balancer.toml"));
+}
+
+#[test]
+fn a_balancer_without_servers_is_good() {
+    parse("role = \"balancer\"\nvips = [\"203.0.113.10\"]\n").unwrap();
+}
+
+#[test]
+fn each_mistake_is_refused_with_its_line() {
+    for (from, to, line, message) in [
+        ("role = \"balancer\"", "role = \"balancr\"", 1, "no role is named"),
+        ("role = \"balancer\"", "role = \"client\"", 1, "of a client"),
+        ("[\"203.0.113.10\", \"2001:db8::10\"]", "[]", 2, "VIPs are needed"),
+        ("\"2001:db8::10\"", "\"203.0.113.10\"", 2, "listed twice"),
+        ("\"2001:db8::10\"", "\"2001:db8::zz\"", 2, "invalid"),
+        ("\"2001:db8::10\"", "\"ff02::1\"", 2, "cannot be reached"),
+        ("legacy = \"hash\"", "legacy = \"random\"", 3, "unknown variant"),
+        ("forward = \"network\"", "forward = \"gue\"", 4, "unknown variant"),
+        ("default_server = \"web-2\"", "default_server = \"web-3\"", 5, "no server named"),
+        ("default_server = \"web-2\"", "legacy_server = \"web-2\"", 5, "only serves with"),
+        ("default_server = \"web-2\"", "defaultserver = 2", 5, "unknown field"),
+        (
+            "legacy = \"hash\"\nforward = \"network\"\ndefault_server = \"web-2\"",
+            "\nlegacy = \"default-server\"",
+            4,
+            "no default server",
+        ),
+        ("name = \"web\"", "name = \"we b\"", 8, "cannot name"),
+        ("redirect_port = 443", "redirect_port = 0", 9, "port 0"),
+        ("redirect_port = 443", "redirect_port = 66000", 9, "invalid value"),
+        (
+            "redirect_port = 443",
+            "redirect_port = 443\n[[service]]\nname = \"web\"\nredirect_port = 80",
+            11,
+            "another service is named",
+        ),
+        (
+            "redirect_port = 443",
+            "redirect_port = 443\n[[service]]\nname = \"w\"\nredirect_port = 443",
+            12,
+            "\"web\"'s already",
+        ),
+        ("redirect_port = 443", "redirect_port = 443\nvips = [\"192.0.2.1\"]", 10, "none of the file's"),
+        ("redirect_port = 443", "redirect_port = 443\nvips = []", 10, "needs a VIP"),
+        ("policy = \"round-robin\"", "policy = \"robin\"", 10, "unknown variant"),
+        ("name = \"web-1\"", "name = \"\"", 13, "cannot name"),
+        ("[\"10.0.0.11\", \"fd00::11\"]", "\"10.0.0\"", 14, "no IP address"),
+        ("[\"10.0.0.11\", \"fd00::11\"]", "[\"10.0.0.11\", \"10.0.0.13\"]", 14, "more than one IPv4"),
+        ("[\"10.0.0.11\", \"fd00::11\"]", "[]", 14, "missing"),
+        ("[\"10.0.0.11\", \"fd00::11\"]", "\"203.0.113.10\"", 14, "is a VIP"),
+        ("[\"10.0.0.11\", \"fd00::11\"]", "\"127.0.0.1\"", 14, "cannot be reached"),
+        ("address = [\"10.0.0.11\", \"fd00::11\"]\n", "", 13, "no `address`"),
+        ("weight = 3", "weight = 0", 15, "a weight is between"),
+        ("weight = 3", "weight = -1", 15, "invalid"),
+        ("weight = 3", "device = \"eth1\"", 15, "only `forward = \"direct\"`"),
+        ("weight = 3", "gateway = \"10.0.0.1\"", 15, "only `forward = \"direct\"`"),
+        ("{ web = 41001 }", "{ mail = 41001 }", 16, "no service named \"mail\""),
+        ("{ web = 41001 }", "{ web = 0 }", 16, "port 0"),
+        ("name = \"web-2\"", "name = \"web-1\"", 19, "another server is named"),
+        ("state = \"drain\"", "state = \"gone\"", 21, "unknown variant"),
+        ("{ web = 41002 }", "{ web = 41001 }", 22, "the server \"web-1\"'s already"),
+        ("exid = 0x1234", "exid = 70000", 25, "invalid"),
+        ("exid = 0x1234", "mark = 0", 25, "mark 0"),
+    ] {
+        let error = mistake(from, to);
+        assert_eq!(error.line(), Some(line), "{to}: {error}");
+        assert!(error.message().contains(message), "{to}: {error}");
+    }
+}
+
+#[test]
+fn a_missing_role_and_missing_vips_are_the_files_mistakes() {
+    let error = mistake("role = \"balancer\"\n", "");
+    assert!(error.message().contains("add `role = \"balancer\"`"), "{error}");
+    let error = mistake("vips = [\"203.0.113.10\", \"2001:db8::10\"]\n", "");
+    assert!(error.message().contains("missing field `vips`"), "{error}");
+}
+
+#[test]
+fn an_address_of_a_family_without_vip_is_refused() {
+    let error = mistake(", \"2001:db8::10\"", "");
+    assert_eq!((error.line(), error.message()), (Some(14), "fd00::11 is IPv6, but no VIP is"));
+}
+
+#[test]
+fn one_port_for_two_services_of_a_server_is_refused() {
+    let two = "redirect_port = 443\n[[service]]\nname = \"plain\"\nredirect_port = 80";
+    let text = GOOD.replace("redirect_port = 443", two).replace("web = 41001", "web = 41001, plain = 41001");
+    let error = parse(&text).unwrap_err();
+    assert_eq!(error.line(), Some(19), "{error}");
+    assert!(error.message().contains("another service of this server"), "{error}");
+}
+
+const TWO_VIPS: &str = r#"role = "balancer"
+vips = ["203.0.113.10", "203.0.113.20"]
+[[service]]
+name = "a"
+redirect_port = 443
+vips = ["203.0.113.10"]
+[[service]]
+name = "b"
+redirect_port = 444
+vips = ["203.0.113.20"]
+[[server]]
+name = "s1"
+address = "10.0.0.11"
+ports.a = 41001
+ports.b = 41002
+"#;
+
+#[test]
+fn the_vip_of_an_answer_must_follow_from_the_source_port() {
+    parse(TWO_VIPS).unwrap();
+    // Both services on 443: answers of plain connections could be either's.
+    let error = parse(&TWO_VIPS.replace("444", "443")).unwrap_err();
+    assert_eq!(error.line(), Some(15), "{error}");
+    assert!(
+        error.message().starts_with("answers of 10.0.0.11 from port 443 could be 203.0.113.10's or"),
+        "{error}"
+    );
+    // One service on two VIPs.
+    let error = parse(&TWO_VIPS.replacen("vips = [\"203.0.113.10\"]", "", 1)).unwrap_err();
+    assert_eq!(error.line(), Some(14), "{error}");
+    // One server for each VIP may have the other's numbers.
+    let apart = TWO_VIPS
+        .replace("444", "443")
+        .replace("ports.b = 41002", "[[server]]\nname = \"s2\"\naddress = \"10.0.0.12\"\nports.b = 41001");
+    let config = parse(&apart).unwrap();
+    // But a default server could meet plain segments of both.
+    let error = parse(&apart.replacen('\n', "\ndefault_server = \"s2\"\n", 1)).unwrap_err();
+    assert_eq!(error.line(), Some(19), "{error}");
+    assert_eq!(config.ways_back().len(), 4);
+    // In direct mode nothing has to follow.
+    let direct = TWO_VIPS
+        .replace("444", "443")
+        .replacen('\n', "\nforward = \"direct\"\n", 1)
+        .replace("address", "device = \"eth1\"\naddress");
+    parse(&direct).unwrap();
+}
+
+#[test]
+fn direct_mode_needs_a_device_for_each_server() {
+    let direct = GOOD.replace("\"network\"", "\"direct\"");
+    let error = parse(&direct).unwrap_err();
+    assert_eq!(error.line(), Some(13), "{error}");
+    assert!(error.message().contains("has no `device`"), "{error}");
+    let with = |device: &str| {
+        let text =
+            direct.replace("name = \"web-1\"", &format!("name = \"web-1\"\ndevice = \"{device}\"")).replace(
+                "name = \"web-2\"\naddress = \"10.0.0.12\"",
+                "name = \"web-2\"\ndevice = \"eth2\"\ngateway = \"10.2.0.1\"",
+            );
+        parse(&text)
+    };
+    let config = with("eth1").unwrap();
+    assert_eq!(config.servers[0].next_hop(Family::V6), "fd00::11".parse().ok());
+    assert_eq!(config.servers[1].next_hop(Family::V4), "10.2.0.1".parse().ok());
+    assert!(config.servers[1].serves(Family::V6));
+    assert_eq!(config.servers[1].next_hop(Family::V6), None);
+    assert_eq!(with("sixteen-letters-").unwrap_err().line(), Some(14));
+    assert_eq!(with("../eth").unwrap_err().line(), Some(14));
+}

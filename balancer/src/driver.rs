@@ -1,0 +1,340 @@
+//! The daemon: packets from the host's routes through a [`Balancer`] and back, reload on SIGHUP.
+//!
+//! Nothing is decided here. One task carries packets, the other adapts the host; they share an `Active`, swapped as
+//! a whole.
+
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use shunt_host::{DEFAULT_STATE_DIR, Host, HostError, nft_available};
+use shunt_stack::device::{Capture, Captured, Device, TunDevice};
+use shunt_stack::wire::{Offload, Packet, ParseError};
+use thiserror::Error;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+
+use crate::config::{Config, ForwardMode};
+use crate::host::{Devices, ServerDevice, changes, device_name, main_mtu};
+use crate::{Balancer, DropReason, Output, SelectKey};
+
+/// How often counters are logged, at level debug.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// The host session's name.
+const SESSION: &str = "balancer";
+
+/// What a run needs beside its configuration.
+#[derive(Debug, Default)]
+pub struct RunOptions {
+    /// Record what comes in and goes out to this pcapng file.
+    pub capture: Option<PathBuf>,
+    /// Told once packets are forwarded.
+    pub ready: Option<oneshot::Sender<()>>,
+    /// The file read again on SIGHUP; by default the one the configuration came from.
+    pub config_path: Option<PathBuf>,
+    /// Where the changes made to the host are kept, for the next start; [`DEFAULT_STATE_DIR`] unless given.
+    pub state_dir: Option<PathBuf>,
+}
+
+/// Why the daemon ended.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The host could not be set up or restored.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A device could not be made; the message says which and what to do.
+    #[error(transparent)]
+    Device(io::Error),
+    /// The device that packets come from is gone.
+    #[error("reading from the device {name} failed: {error}")]
+    Read {
+        /// Its name.
+        name: String,
+        /// Why.
+        error: io::Error,
+    },
+    /// The capture file could not be made.
+    #[error("cannot write the capture {path}: {error}")]
+    Capture {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        error: io::Error,
+    },
+    /// Signals cannot be waited for.
+    #[error("cannot wait for signals: {0}")]
+    Signal(io::Error),
+}
+
+/// Forwards packets until `shutdown` ends, then undoes its changes to the host. SIGHUP reads the file again.
+///
+/// # Errors
+/// The host cannot be set up, or a device breaks; what was changed is undone.
+pub async fn run(
+    config: Config,
+    options: RunOptions,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let RunOptions { capture, ready, config_path, state_dir } = options;
+    let state_dir = state_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR));
+    let path = config_path.unwrap_or_else(|| config.path.clone());
+    match capture {
+        None => serve(config, path, &state_dir, ready, shutdown, TunDevice::open).await,
+        Some(file) => {
+            let capture = Capture::create(&file).map_err(|error| Error::Capture { path: file, error })?;
+            let open = |name: &str| TunDevice::open(name).map(|tun| Captured::new(tun, &capture));
+            serve(config, path, &state_dir, ready, shutdown, open).await
+        }
+    }
+}
+
+/// What packets are forwarded by: replaced as a whole.
+struct Active<D> {
+    balancer: Balancer,
+    /// In `direct` mode one a server, else none.
+    outputs: Vec<Arc<D>>,
+}
+
+async fn serve<D: Device>(
+    config: Config,
+    path: PathBuf,
+    state_dir: &Path,
+    ready: Option<oneshot::Sender<()>>,
+    shutdown: impl Future<Output = ()>,
+    open: impl Fn(&str) -> io::Result<D>,
+) -> Result<(), Error> {
+    let hangups = signal(SignalKind::hangup()).map_err(Error::Signal)?;
+    let mut daemon = Daemon::start(config, path, state_dir, open).await?;
+    let (main, receiver) = (Arc::clone(&daemon.main), daemon.active.subscribe());
+    if let Some(ready) = ready {
+        // Whoever asked may have gone; that changes nothing here.
+        let _ = ready.send(());
+    }
+    tracing::info!(device = main.name(), mode = %daemon.config.forward, "forwarding");
+    let result = tokio::select! {
+        error = carry(&*main, receiver) => Err(Error::Read { name: main.name().to_owned(), error }),
+        () = daemon.control(hangups) => Ok(()),
+        () = shutdown => Ok(()),
+    };
+    let closed = daemon.stop().await;
+    result.and(closed)
+}
+
+/// Reads, decides, writes.
+async fn carry<D: Device>(main: &D, mut receiver: watch::Receiver<Arc<Active<D>>>) -> io::Error {
+    let mut active = Arc::clone(&receiver.borrow_and_update());
+    let mut buffer = BytesMut::new();
+    loop {
+        let offload = match main.recv(&mut buffer).await {
+            Ok(offload) => offload,
+            Err(error) => return error,
+        };
+        if receiver.has_changed().unwrap_or(false) {
+            active = Arc::clone(&receiver.borrow_and_update());
+        }
+        buffer = active.forward(main, buffer, offload).await;
+    }
+}
+
+impl<D: Device> Active<D> {
+    /// Forwards one packet; gives the buffer back.
+    async fn forward(&self, main: &D, buffer: BytesMut, offload: Offload) -> BytesMut {
+        let (packet, result) = match Packet::parse(buffer, offload) {
+            Ok(mut packet) => {
+                let result = self.balancer.process(&mut packet);
+                (packet, result)
+            }
+            Err(rejected) => match self.unreadable(rejected.buffer, rejected.error) {
+                Ok(done) => done,
+                Err(buffer) => return buffer,
+            },
+        };
+        let sent = match result {
+            Ok(Output::Main) => main.send(&packet).await,
+            Ok(Output::Server(server)) => match self.outputs.get(server.index()) {
+                Some(device) => device.send(&packet).await,
+                None => Ok(()),
+            },
+            Err(_) => Ok(()),
+        };
+        if sent.is_err() {
+            self.balancer.stats.device_error();
+        }
+        packet.into_buffer()
+    }
+
+    /// `B4` for what cannot be parsed.
+    fn unreadable(
+        &self,
+        buffer: BytesMut,
+        error: ParseError,
+    ) -> Result<(Packet, Result<Output, DropReason>), BytesMut> {
+        match Packet::parse_opaque(buffer) {
+            Ok(mut packet) => {
+                let route = self.balancer.route_unreadable(&packet, error);
+                let result = self.balancer.carry_out(route, &mut packet);
+                Ok((packet, result))
+            }
+            Err(rejected) => {
+                self.balancer.stats.dropped(DropReason::Parse(rejected.error));
+                Err(rejected.buffer)
+            }
+        }
+    }
+}
+
+/// What stands on the host and how it follows the file.
+struct Daemon<D, F> {
+    config: Config,
+    path: PathBuf,
+    host: Host,
+    nft: bool,
+    main: Arc<D>,
+    devices: Devices,
+    active: watch::Sender<Arc<Active<D>>>,
+    open: F,
+}
+
+impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
+    async fn start(config: Config, path: PathBuf, state_dir: &Path, open: F) -> Result<Self, Error> {
+        // The rule to a VIP and the blackhole behind it stay, so that connects meet silence, not "unreachable", meanwhile.
+        let mut host = Host::open_keeping(state_dir, SESSION, &config.host, |_| true).await?;
+        let nft = nft_available().await;
+        if !nft && config.forward == ForwardMode::Network {
+            tracing::warn!(
+                "this kernel has no nftables: ICMP errors about segments to servers are not translated"
+            );
+        }
+        let device = |name: &str| open(name).map_err(Error::Device);
+        let main = Arc::new(device(&config.host.device)?);
+        let mut devices =
+            Devices { main: main.name().to_owned(), mtu: main_mtu(&config).await?, servers: Vec::new() };
+        let mut outputs = Vec::new();
+        devices.servers = server_devices(&config, None, &devices.main);
+        for server in &devices.servers {
+            outputs.push(Arc::new(device(&server.name)?));
+        }
+        let balancer = Balancer::new(&config, SelectKey::from_system());
+        if let Err(error) = host.replace(changes(&config, &devices, nft)).await {
+            if let Err(undo) = host.close().await {
+                tracing::warn!(%undo, "undoing the changes to the host after a failure failed as well");
+            }
+            return Err(error.into());
+        }
+        let (active, _) = watch::channel(Arc::new(Active { balancer, outputs }));
+        Ok(Daemon { config, path, host, nft, main, devices, active, open })
+    }
+
+    /// Reloads on SIGHUP, logs counters; never ends.
+    async fn control(&mut self, mut hangups: Signal) {
+        let mut interval = tokio::time::interval(LOG_INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        interval.tick().await;
+        loop {
+            tokio::select! {
+                Some(()) = hangups.recv() => self.reload().await,
+                _ = interval.tick() => self.log_counters(),
+            }
+        }
+    }
+
+    fn log_counters(&self) {
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            let snapshot = self.active.borrow().balancer.snapshot();
+            tracing::debug!(counters = %snapshot, "counters");
+        }
+    }
+
+    /// Takes over the file as it is now, or refuses it as a whole.
+    async fn reload(&mut self) {
+        let result = self.try_reload().await;
+        self.active.borrow().balancer.stats.reload(result.is_ok());
+        match result {
+            Ok(()) => tracing::info!(file = %self.path.display(), "configuration reloaded"),
+            Err(reason) => tracing::error!("the new configuration is refused, the old one stands: {reason}"),
+        }
+    }
+
+    async fn try_reload(&mut self) -> Result<(), String> {
+        let config = Config::load(&self.path).map_err(|error| error.to_string())?;
+        if config.host != self.config.host {
+            return Err("[host] cannot change while the balancer runs: restart it".to_owned());
+        }
+        if config.forward != self.config.forward {
+            return Err("`forward` cannot change while the balancer runs: restart it".to_owned());
+        }
+        let mut devices = self.devices.clone();
+        devices.servers = server_devices(&config, Some((&self.config, &self.devices)), &devices.main);
+        let outputs = self.outputs(&devices)?;
+        let old = changes(&self.config, &self.devices, self.nft);
+        let new = changes(&config, &devices, self.nft);
+        // New ones first, then the packets, then the old ones go: at no time does a rule miss that a packet needs.
+        let both = union(&old, &new);
+        if let Err(error) = self.host.replace(both).await {
+            if let Err(undo) = self.host.replace(old).await {
+                tracing::error!(%undo, "the host could not be put back to what the old configuration needs");
+            }
+            return Err(error.to_string());
+        }
+        let balancer = self.active.borrow().balancer.successor(&config);
+        self.active.send_replace(Arc::new(Active { balancer, outputs }));
+        (self.config, self.devices) = (config, devices);
+        if let Err(error) = self.host.replace(new).await {
+            tracing::warn!(%error, "what the old configuration needed on the host could not all be removed");
+        }
+        Ok(())
+    }
+
+    /// The devices of `devices.servers`: those that are open already, and new ones.
+    fn outputs(&self, devices: &Devices) -> Result<Vec<Arc<D>>, String> {
+        let active = self.active.borrow();
+        let known = |name: &str| self.devices.servers.iter().position(|device| device.name == name);
+        let output =
+            |device: &ServerDevice| match known(&device.name).and_then(|index| active.outputs.get(index)) {
+                Some(open) => Ok(Arc::clone(open)),
+                None => (self.open)(&device.name).map(Arc::new).map_err(|error| error.to_string()),
+            };
+        devices.servers.iter().map(output).collect()
+    }
+
+    /// Restores the host.
+    async fn stop(self) -> Result<(), Error> {
+        let snapshot = self.active.borrow().balancer.snapshot();
+        tracing::info!(counters = %snapshot, "stopping");
+        Ok(self.host.close().await?)
+    }
+}
+
+/// In `direct` mode a device for each server: its old one if the server was there before, else a free one.
+fn server_devices(config: &Config, before: Option<(&Config, &Devices)>, main: &str) -> Vec<ServerDevice> {
+    if config.forward != ForwardMode::Direct {
+        return Vec::new();
+    }
+    let old = |name: &str| {
+        let (config, devices) = before?;
+        let index = config.servers.iter().position(|server| server.name == name)?;
+        devices.servers.get(index).map(|device| device.slot)
+    };
+    let kept: Vec<Option<u32>> = config.servers.iter().map(|server| old(&server.name)).collect();
+    // Slots of servers that leave are still in use until the new configuration stands.
+    let in_use = |slot: &u32| {
+        kept.contains(&Some(*slot))
+            || before.is_some_and(|(_, devices)| devices.servers.iter().any(|device| device.slot == *slot))
+    };
+    let mut free = (0..).filter(|slot| !in_use(slot));
+    let device = |slot: Option<u32>| {
+        let slot = slot.or_else(|| free.next()).unwrap_or_default();
+        ServerDevice { name: device_name(main, slot), slot }
+    };
+    kept.iter().copied().map(device).collect()
+}
+
+/// All of `new`, and of `old` what does not contradict it: there is one nftables table.
+fn union(old: &[shunt_host::Change], new: &[shunt_host::Change]) -> Vec<shunt_host::Change> {
+    let replaced = |change: &shunt_host::Change| matches!(change, shunt_host::Change::Divert(_));
+    let kept = old.iter().filter(|change| !new.contains(change) && !replaced(change));
+    kept.chain(new).cloned().collect()
+}

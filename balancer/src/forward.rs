@@ -1,0 +1,67 @@
+//! Carrying out what was decided: addresses in `network` mode, the way out in `direct` mode.
+//!
+//! Checksums follow incrementally: right ones stay right, wrong ones wrong.
+
+use std::net::SocketAddr;
+
+use shunt_stack::wire::Packet;
+
+use crate::Balancer;
+use crate::config::ForwardMode;
+use crate::route::{DropReason, Route};
+use crate::table::ServerId;
+
+/// Where a packet leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// Back into the device it came from: the host routes it on.
+    Main,
+    /// Out of a server's own device (`direct` mode).
+    Server(ServerId),
+}
+
+impl Balancer {
+    /// Rewrites a packet as its route asks, and says where it leaves. Nothing is rewritten in `direct` mode.
+    ///
+    /// # Errors
+    /// [`DropReason::Family`]; the packet is unchanged.
+    pub fn forward(&self, route: Route, packet: &mut Packet) -> Result<Output, DropReason> {
+        match route {
+            Route::ToServer { server, .. } if self.table.forward == ForwardMode::Direct => {
+                return Ok(Output::Server(server));
+            }
+            Route::ToServer { server, decision } => {
+                let vip = packet.destination();
+                let address = self.table.address(server, vip).ok_or(DropReason::Family(server))?;
+                if decision.quotes_vip() {
+                    let quoted = packet.icmp().and_then(|icmp| icmp.quoted());
+                    if let Some(quoted) = quoted {
+                        packet.set_quoted_source(SocketAddr::new(address, quoted.source_port));
+                    }
+                }
+                packet.set_destination(address);
+            }
+            Route::ToClient { vip, server } => {
+                if vip.is_ipv4() != packet.source().is_ipv4() {
+                    return Err(DropReason::Family(server));
+                }
+                packet.set_source(vip);
+            }
+            Route::ErrorToClient { vip, server } => {
+                let Some(quoted) = packet.icmp().and_then(|icmp| icmp.quoted()) else {
+                    return Ok(Output::Main);
+                };
+                if vip.is_ipv4() != packet.source().is_ipv4() {
+                    return Err(DropReason::Family(server));
+                }
+                packet.set_quoted_destination(SocketAddr::new(vip, quoted.destination_port));
+                // A router's error keeps the router's address, the server's own must not show the server.
+                if packet.source() == quoted.destination {
+                    packet.set_source(vip);
+                }
+            }
+            Route::Unchanged => {}
+        }
+        Ok(Output::Main)
+    }
+}

@@ -1,0 +1,239 @@
+//! What the balancer needs of its host: which packets are routed into its devices, and where what it writes goes.
+//!
+//! Rules, by preference from [`HostOptions::preference`](shunt_host::HostOptions) on:
+//!
+//! | rule | lookup | why |
+//! |---|---|---|
+//! | `iif` a server's device | that server's table: VIPs by its next hop | `direct` mode |
+//! | `iif` any device of ours | local, main, then a blackhole | what we write never comes back |
+//! | `to` VIP | our device; behind it a blackhole for when it is gone | towards servers |
+//! | `from` server, service and redirect ports | our device | answers, `network` mode |
+//! | our mark | our device | ICMP errors that quote a server, `network` mode |
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use shunt_host::change::{LOCAL, Link, MAIN, Route, Rule, Sysctl};
+use shunt_host::{Change, Divert, Family, HostError, PortRange, Prefix, QuotedMatch, SegmentMatch, query};
+
+use crate::config::{Config, ForwardMode};
+
+/// MTU of a device that shall not be what limits packets.
+const LARGEST_MTU: u32 = 65_535;
+/// The smallest MTU that IPv6 works with (RFC 8200 §5).
+const SMALLEST_MTU: u32 = 1280;
+/// Metric of the blackhole behind a VIP's route.
+const BLACKHOLE_METRIC: u32 = 1000;
+const DEVICE_METRIC: u32 = 10;
+
+/// Offsets from the first route table.
+mod table {
+    pub(super) const VIPS: u32 = 0;
+    pub(super) const BACK: u32 = 1;
+    pub(super) const END: u32 = 2;
+    pub(super) const SERVERS: u32 = 10;
+}
+
+/// The devices of a running balancer, by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Devices {
+    /// Where packets come from.
+    pub(crate) main: String,
+    /// Its MTU.
+    pub(crate) mtu: u32,
+    /// In `direct` mode one a server, in the order of the configuration; its slot numbers its route table.
+    pub(crate) servers: Vec<ServerDevice>,
+}
+
+/// A server's device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ServerDevice {
+    pub(crate) name: String,
+    pub(crate) slot: u32,
+}
+
+/// The name of a server's device.
+pub(crate) fn device_name(main: &str, slot: u32) -> String {
+    let suffix = format!("-{slot}");
+    let room = 15 - suffix.len();
+    let base: String = main.chars().take(room).collect();
+    base + &suffix
+}
+
+/// Everything that has to stand on the host.
+pub(crate) fn changes(config: &Config, devices: &Devices, nft: bool) -> Vec<Change> {
+    let mut wanted = Vec::new();
+    sysctls_and_links(config, devices, &mut wanted);
+    wanted.push(Change::LocalLast);
+    for family in Family::BOTH.into_iter().filter(|family| config.has(*family)) {
+        leaving(config, devices, family, &mut wanted);
+        arriving(config, devices, family, nft, &mut wanted);
+    }
+    if nft {
+        wanted.push(divert(config, devices).into());
+    }
+    wanted
+}
+
+fn sysctls_and_links(config: &Config, devices: &Devices, wanted: &mut Vec<Change>) {
+    wanted.push(Link::tun(&devices.main, devices.mtu).into());
+    wanted.extend(devices.servers.iter().map(|device| Link::tun(&device.name, LARGEST_MTU).into()));
+    if config.has(Family::V6) {
+        wanted.push(Sysctl::new("net/ipv6/conf/all/forwarding", 1).into());
+    }
+    if !config.has(Family::V4) {
+        return;
+    }
+    wanted.push(Sysctl::new("net/ipv4/ip_forward", 1).into());
+    let conf =
+        |interface: &str, name: &str, value| Sysctl::interface(Family::V4, interface, name, value).into();
+    wanted.push(conf("all", "rp_filter", 0));
+    for device in devices.names() {
+        wanted.push(conf(device, "rp_filter", 0));
+        // What we write may come from an address of this host: a VIP, or its own ICMP errors.
+        wanted.push(conf(device, "accept_local", 1));
+    }
+    // Answers carry the VIP, whose route leads into our device.
+    let towards: BTreeSet<&String> =
+        config.servers.iter().filter_map(|server| server.device.as_ref()).collect();
+    wanted.extend(towards.into_iter().map(|device| conf(device, "rp_filter", 0)));
+}
+
+/// Where packets go that we have written.
+fn leaving(config: &Config, devices: &Devices, family: Family, wanted: &mut Vec<Change>) {
+    let (tables, first) = (config.host.table, config.host.preference);
+    wanted.push(Route::blackhole(tables + table::END, Prefix::all(family)).into());
+    for name in devices.names() {
+        for (offset, table) in [(1, LOCAL), (2, MAIN), (3, tables + table::END)] {
+            wanted.push(Rule::new(family, first + offset, table).interface(name).into());
+        }
+    }
+    for (server, device) in config.servers.iter().zip(&devices.servers) {
+        let Some(out) = server.device.as_ref().filter(|_| server.serves(family)) else { continue };
+        let own = tables + table::SERVERS + device.slot;
+        for vip in vips(config, family) {
+            let route = Route::device(own, vip, out);
+            let route = match server.next_hop(family) {
+                Some(gateway) => route.via(Some(gateway)).on_link(),
+                None => route,
+            };
+            wanted.push(route.into());
+        }
+        wanted.push(Rule::new(family, first, own).interface(&device.name).into());
+    }
+}
+
+/// Which packets come to us.
+fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wanted: &mut Vec<Change>) {
+    let (tables, first) = (config.host.table, config.host.preference);
+    for vip in vips(config, family) {
+        let table = tables + table::VIPS;
+        wanted.push(Route::blackhole(table, vip).metric(BLACKHOLE_METRIC).into());
+        wanted.push(Route::device(table, vip, &devices.main).metric(DEVICE_METRIC).into());
+        wanted.push(Rule::new(family, first + 4, table).to(vip).into());
+    }
+    if config.forward != ForwardMode::Network {
+        return;
+    }
+    let back = tables + table::BACK;
+    wanted.push(Route::device(back, Prefix::all(family), &devices.main).into());
+    let answers: BTreeSet<(IpAddr, u16)> =
+        config.ways_back().into_iter().map(|way| (way.address, way.port)).collect();
+    for (address, port) in answers.into_iter().filter(|(address, _)| Family::of(*address) == family) {
+        wanted.push(Rule::new(family, first + 5, back).from(address).source_port(port).into());
+    }
+    if nft {
+        let host = &config.host;
+        wanted.push(Rule::new(family, first + 6, back).mark(host.mark, host.mark_mask).into());
+    }
+}
+
+/// ICMP errors about segments to servers, and no connection tracking for what passes here.
+fn divert(config: &Config, devices: &Devices) -> Divert {
+    let ways = config.ways_back();
+    let unique = |addresses: &mut dyn Iterator<Item = IpAddr>| -> Vec<Prefix> {
+        addresses.collect::<BTreeSet<_>>().into_iter().map(Prefix::host).collect()
+    };
+    let servers: BTreeSet<IpAddr> = ways.iter().map(|way| way.address).collect();
+    let shared = unique(&mut config.vips.iter().copied());
+    let mut untracked = vec![
+        SegmentMatch { destination: shared.clone(), ..SegmentMatch::default() },
+        SegmentMatch { source: shared, ..SegmentMatch::default() },
+    ];
+    for &address in &servers {
+        let own = ways.iter().filter(|way| way.address == address);
+        let ports = PortRange::merged(own.map(|way| PortRange::from(way.port)));
+        let server = vec![Prefix::host(address)];
+        untracked.push(SegmentMatch {
+            source: server.clone(),
+            source_ports: ports.clone(),
+            ..SegmentMatch::default()
+        });
+        untracked.push(SegmentMatch {
+            destination: server,
+            destination_ports: ports,
+            ..SegmentMatch::default()
+        });
+    }
+    let icmp = if servers.is_empty() {
+        Vec::new()
+    } else {
+        vec![QuotedMatch { destination: servers.into_iter().collect(), ..QuotedMatch::default() }]
+    };
+    Divert {
+        mark: config.host.mark,
+        mask: config.host.mark_mask,
+        except_interface: Some(devices.main.clone()),
+        icmp,
+        untracked_incoming: untracked,
+        ..Divert::default()
+    }
+}
+
+fn vips(config: &Config, family: Family) -> impl Iterator<Item = IpAddr> {
+    config.vips.iter().copied().filter(move |vip| Family::of(*vip) == family)
+}
+
+impl Devices {
+    fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.main).chain(self.servers.iter().map(|device| &device.name)).map(String::as_str)
+    }
+}
+
+/// The MTU of the device that packets come from.
+///
+/// In `network` mode the smallest on the ways to the servers: a client's segment that is too big is then refused
+/// before its destination is rewritten, with an error that the client understands.
+pub(crate) async fn main_mtu(config: &Config) -> Result<u32, HostError> {
+    if config.forward == ForwardMode::Direct {
+        return Ok(LARGEST_MTU);
+    }
+    let mut smallest = LARGEST_MTU;
+    let (mut links, mut found) = (BTreeSet::new(), false);
+    for &address in config.servers.iter().flat_map(|server| &server.addresses) {
+        let hop = match query::next_hop(address).await {
+            Ok(hop) => hop,
+            Err(HostError::NoRoute(_)) => {
+                tracing::warn!(%address, "no route leads to this server");
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        if links.insert(hop.index) {
+            smallest = smallest.min(query::link_mtu(&hop.interface).await?);
+            found = true;
+        }
+    }
+    Ok(if found { smallest.max(SMALLEST_MTU) } else { 1500 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn server_devices_have_names_that_interfaces_can_have() {
+        assert_eq!(device_name("shunt-lb0", 7), "shunt-lb0-7");
+        assert_eq!(device_name("fifteen-letters", 199), "fifteen-let-199");
+    }
+}

@@ -1,0 +1,187 @@
+//! Maglev's lookup table (Eisenbud et al., NSDI 2016, §3.4): each server gets a share of the slots by its weight, and
+//! a change of the set moves few other slots.
+//!
+//! No key and nothing of this process goes in: every balancer with the same set has the same table (`B3`).
+
+use std::hash::Hasher;
+use std::net::{IpAddr, SocketAddr};
+
+use siphasher::sip::SipHasher24;
+
+use crate::table::ServerId;
+
+/// Slots of a table; a prime, as the permutations need.
+pub const SLOTS: usize = 65_537;
+
+/// A server as the table places it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Member {
+    /// What its slots depend on; the same on every balancer.
+    pub name: String,
+    /// Its share, at least 1.
+    pub weight: u32,
+    /// What a lookup returns.
+    pub server: ServerId,
+}
+
+/// A filled table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Maglev {
+    slots: Box<[ServerId]>,
+}
+
+struct Turn {
+    next: usize,
+    skip: usize,
+    credit: u64,
+}
+
+impl Maglev {
+    /// Fills the table; `None` if there is no member. The order of the members does not matter.
+    pub fn new(members: &[Member]) -> Option<Maglev> {
+        let mut members: Vec<&Member> = members.iter().filter(|member| member.weight > 0).collect();
+        members.sort_by(|a, b| a.name.cmp(&b.name));
+        let heaviest = u64::from(members.iter().map(|member| member.weight).max()?);
+        let mut turns: Vec<Turn> = members.iter().map(|member| turn(&member.name)).collect();
+        let mut slots: Vec<Option<ServerId>> = vec![None; SLOTS];
+        let mut left = SLOTS;
+        'fill: loop {
+            for (member, turn) in members.iter().zip(&mut turns) {
+                // A server of half the heaviest's weight takes every other turn.
+                turn.credit += u64::from(member.weight);
+                if turn.credit < heaviest {
+                    continue;
+                }
+                turn.credit -= heaviest;
+                while slots[turn.next].is_some() {
+                    turn.next = (turn.next + turn.skip) % SLOTS;
+                }
+                slots[turn.next] = Some(member.server);
+                left -= 1;
+                if left == 0 {
+                    break 'fill;
+                }
+            }
+        }
+        Some(Maglev { slots: slots.into_iter().flatten().collect() })
+    }
+
+    /// The server of a hash.
+    pub fn lookup(&self, hash: u64) -> ServerId {
+        self.slots[(hash % SLOTS as u64) as usize]
+    }
+
+    /// The server of each slot.
+    pub fn slots(&self) -> &[ServerId] {
+        &self.slots
+    }
+}
+
+/// The permutation of a name: an offset and a step other than 0.
+fn turn(name: &str) -> Turn {
+    let hash = |key: u64| {
+        let mut hasher = SipHasher24::new_with_keys(0x6d61_676c_6576, key);
+        hasher.write(name.as_bytes());
+        hasher.finish()
+    };
+    Turn {
+        next: (hash(1) % SLOTS as u64) as usize,
+        skip: (hash(2) % (SLOTS as u64 - 1) + 1) as usize,
+        credit: 0,
+    }
+}
+
+/// The hash of a client's address and port: the same on every balancer.
+pub fn hash_client(client: SocketAddr) -> u64 {
+    let mut hasher = SipHasher24::new_with_keys(0x6c65_6761_6379, 0);
+    write_address(&mut hasher, client.ip());
+    hasher.write(&client.port().to_be_bytes());
+    hasher.finish()
+}
+
+/// The hash of a client's address: the same on every balancer.
+pub fn hash_address(client: IpAddr) -> u64 {
+    let mut hasher = SipHasher24::new_with_keys(0x736f_7572_6365, 0);
+    write_address(&mut hasher, client);
+    hasher.finish()
+}
+
+/// Feeds an address's octets.
+pub(crate) fn write_address(hasher: &mut SipHasher24, address: IpAddr) {
+    match address {
+        IpAddr::V4(address) => hasher.write(&address.octets()),
+        IpAddr::V6(address) => hasher.write(&address.octets()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn members(weights: &[u32]) -> Vec<Member> {
+        let member = |(index, &weight): (usize, &u32)| Member {
+            name: format!("server-{index}"),
+            weight,
+            server: ServerId::new(index),
+        };
+        weights.iter().enumerate().map(member).collect()
+    }
+
+    fn shares(table: &Maglev, count: usize) -> Vec<usize> {
+        let mut shares = vec![0; count];
+        for slot in table.slots() {
+            shares[slot.index()] += 1;
+        }
+        shares
+    }
+
+    #[test]
+    fn equal_servers_have_equal_shares() {
+        for count in [1, 3, 10, 100] {
+            let table = Maglev::new(&members(&vec![1; count])).unwrap();
+            let shares = shares(&table, count);
+            let (least, most) = (*shares.iter().min().unwrap(), *shares.iter().max().unwrap());
+            println!("{count} servers: {least} to {most} slots of {SLOTS}");
+            assert!(most - least <= 1, "{count}: {least}..{most}");
+        }
+    }
+
+    #[test]
+    fn shares_follow_the_weights() {
+        let weights = [1, 2, 3, 10];
+        let shares = shares(&Maglev::new(&members(&weights)).unwrap(), 4);
+        for (share, weight) in shares.iter().zip(weights) {
+            let wanted = SLOTS * weight as usize / 16;
+            assert!(share.abs_diff(wanted) * 100 < wanted, "{shares:?}");
+        }
+    }
+
+    #[test]
+    fn removing_a_server_moves_few_slots_of_the_others() {
+        let all = members(&[1; 20]);
+        let before = Maglev::new(&all).unwrap();
+        let after = Maglev::new(&all[1..]).unwrap();
+        let removed = all[0].server;
+        let moved =
+            before.slots().iter().zip(after.slots()).filter(|(b, a)| **b != removed && b != a).count();
+        println!("removing 1 of 20 servers moved {moved} of {SLOTS} slots that were not its own");
+        assert!(moved * 20 < SLOTS, "{moved}");
+    }
+
+    #[test]
+    fn b3_the_table_does_not_depend_on_order_or_process() {
+        let mut reversed = members(&[1, 2, 3]);
+        let table = Maglev::new(&reversed).unwrap();
+        reversed.reverse();
+        assert_eq!(Maglev::new(&reversed).unwrap(), table);
+        // A fixed vector: another version of this program must choose the same.
+        let first: Vec<usize> = table.slots()[..8].iter().map(|slot| slot.index()).collect();
+        assert_eq!(first, [2, 1, 1, 0, 1, 0, 2, 1]);
+        assert_eq!(hash_client("192.0.2.1:4711".parse().unwrap()) % 65_537, 24_986);
+    }
+
+    #[test]
+    fn no_member_means_no_table() {
+        assert_eq!(Maglev::new(&[]), None);
+    }
+}

@@ -1,0 +1,264 @@
+//! Counters of every decision and every reason to drop: relaxed atomics, read as a snapshot.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+use shunt_stack::wire::{Packet, TcpFlags};
+
+use crate::Balancer;
+use crate::route::{Decision, DropReason, Route, Way};
+
+const WAYS: [(Way, &str); 11] = [
+    (Way::Selected, "selected"),
+    (Way::Owner, "owner"),
+    (Way::LegacyHash, "legacy_hash"),
+    (Way::LegacyServer, "legacy_server"),
+    (Way::ErrorOwner, "error_owner"),
+    (Way::ErrorHash, "error_hash"),
+    (Way::ErrorLegacyServer, "error_legacy_server"),
+    (Way::DefaultServer, "default_server"),
+    (Way::ToClient, "to_client"),
+    (Way::ErrorToClient, "error_to_client"),
+    (Way::Unchanged, "unchanged"),
+];
+
+const REASONS: [&str; 9] = [
+    "unreadable",
+    "unknown_port",
+    "protocol",
+    "later_fragment",
+    "icmp",
+    "icmp_quote",
+    "no_server",
+    "legacy",
+    "family",
+];
+
+fn reason_index(reason: DropReason) -> usize {
+    match reason {
+        DropReason::Parse(_) => 0,
+        DropReason::UnknownPort(_) => 1,
+        DropReason::Protocol(_) => 2,
+        DropReason::LaterFragment(_) => 3,
+        DropReason::Icmp { .. } => 4,
+        DropReason::IcmpQuote { .. } => 5,
+        DropReason::NoServer(_) => 6,
+        DropReason::Legacy(_) => 7,
+        DropReason::Family(_) => 8,
+    }
+}
+
+/// A counter.
+#[derive(Debug, Default)]
+struct Counter(AtomicU64);
+
+impl Counter {
+    fn add(&self, value: u64) {
+        self.0.fetch_add(value, Ordering::Relaxed);
+    }
+
+    fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What the whole balancer counts; outlives reloads.
+#[derive(Debug, Default)]
+pub struct Stats {
+    ways: [Counter; WAYS.len()],
+    drops: [Counter; REASONS.len()],
+    /// By the reason for which they would have been dropped.
+    defaulted: [Counter; REASONS.len()],
+    malformed_options: Counter,
+    device_errors: Counter,
+    reloads: Counter,
+    refused_reloads: Counter,
+}
+
+/// What is counted for one server; outlives reloads that keep its name.
+#[derive(Debug, Default)]
+pub(crate) struct ServerStats {
+    selected: Counter,
+    plain: Counter,
+    packets: Counter,
+    bytes: Counter,
+    packets_back: Counter,
+    bytes_back: Counter,
+}
+
+/// All counters at one time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Snapshot {
+    /// Packets by what was decided about them.
+    pub decisions: BTreeMap<&'static str, u64>,
+    /// Packets dropped, by reason.
+    pub drops: BTreeMap<&'static str, u64>,
+    /// Packets that went to the default server, by the reason for which they would have been dropped.
+    pub defaulted: BTreeMap<&'static str, u64>,
+    /// Plain SYNs with a malformed redirect option (`W1`).
+    pub malformed_options: u64,
+    /// Packets that a device did not take.
+    pub device_errors: u64,
+    /// Configurations taken over.
+    pub reloads: u64,
+    /// Configurations refused.
+    pub refused_reloads: u64,
+    /// By server.
+    pub servers: BTreeMap<String, ServerSnapshot>,
+}
+
+/// One server's counters.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct ServerSnapshot {
+    /// SYNs with R that it was chosen for (`B1`); a repeated SYN counts again.
+    pub selected: u64,
+    /// SYNs of plain clients (`B3`).
+    pub plain: u64,
+    /// Packets sent to it.
+    pub packets: u64,
+    /// Bytes sent to it, IP headers included.
+    pub bytes: u64,
+    /// Packets from it that passed here (`network` mode).
+    pub packets_back: u64,
+    /// Their bytes.
+    pub bytes_back: u64,
+}
+
+impl Stats {
+    pub(crate) fn device_error(&self) {
+        self.device_errors.add(1);
+    }
+
+    pub(crate) fn reload(&self, taken: bool) {
+        if taken { self.reloads.add(1) } else { self.refused_reloads.add(1) }
+    }
+
+    pub(crate) fn dropped(&self, reason: DropReason) {
+        self.drops[reason_index(reason)].add(1);
+    }
+}
+
+impl ServerStats {
+    fn snapshot(&self) -> ServerSnapshot {
+        ServerSnapshot {
+            selected: self.selected.value(),
+            plain: self.plain.value(),
+            packets: self.packets.value(),
+            bytes: self.bytes.value(),
+            packets_back: self.packets_back.value(),
+            bytes_back: self.bytes_back.value(),
+        }
+    }
+}
+
+impl Balancer {
+    /// Counts a packet and its route.
+    pub(crate) fn count(&self, route: Route, packet: &Packet) {
+        self.stats.ways[route.way() as usize].add(1);
+        let bytes = packet.len() as u64;
+        match route {
+            Route::ToServer { server, decision } => {
+                if let Decision::Default(reason) = decision {
+                    self.stats.defaulted[reason_index(reason)].add(1);
+                }
+                let stats = &self.servers[server.index()];
+                stats.packets.add(1);
+                stats.bytes.add(bytes);
+                match decision {
+                    Decision::Selected => stats.selected.add(1),
+                    Decision::LegacyHash | Decision::LegacyServer => self.count_plain(stats, packet),
+                    _ => {}
+                }
+            }
+            Route::ToClient { server, .. } => {
+                let stats = &self.servers[server.index()];
+                stats.packets_back.add(1);
+                stats.bytes_back.add(bytes);
+            }
+            Route::ErrorToClient { .. } | Route::Unchanged => {}
+        }
+    }
+
+    fn count_plain(&self, stats: &ServerStats, packet: &Packet) {
+        let Some(tcp) = packet.tcp() else { return };
+        if tcp.flags().contains(TcpFlags::SYN) {
+            stats.plain.add(1);
+            if tcp.redirect(self.table.exid).is_err() {
+                self.stats.malformed_options.add(1);
+            }
+        }
+    }
+
+    /// The counters now.
+    pub fn snapshot(&self) -> Snapshot {
+        let stats = &self.stats;
+        let named = |counters: &[Counter]| -> BTreeMap<&'static str, u64> {
+            REASONS.into_iter().zip(counters.iter().map(Counter::value)).collect()
+        };
+        Snapshot {
+            decisions: WAYS.iter().map(|(way, name)| (*name, stats.ways[*way as usize].value())).collect(),
+            drops: named(&stats.drops),
+            defaulted: named(&stats.defaulted),
+            malformed_options: stats.malformed_options.value(),
+            device_errors: stats.device_errors.value(),
+            reloads: stats.reloads.value(),
+            refused_reloads: stats.refused_reloads.value(),
+            servers: self
+                .table
+                .names()
+                .map(str::to_owned)
+                .zip(self.servers.iter().map(|stats| stats.snapshot()))
+                .collect(),
+        }
+    }
+
+    /// The counters of each server, by name, for the balancer that follows this one.
+    pub(crate) fn server_stats(&self) -> impl Iterator<Item = (&str, &Arc<ServerStats>)> {
+        self.table.names().zip(self.servers.iter())
+    }
+}
+
+/// Reads one counter of a server.
+type Column = fn(&ServerSnapshot) -> u64;
+
+/// In the text format of Prometheus.
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (family, label, values) in [
+            ("shunt_balancer_packets_total", "decision", &self.decisions),
+            ("shunt_balancer_dropped_packets_total", "reason", &self.drops),
+            ("shunt_balancer_defaulted_packets_total", "reason", &self.defaulted),
+        ] {
+            writeln!(f, "# TYPE {family} counter")?;
+            for (name, value) in values {
+                writeln!(f, "{family}{{{label}=\"{name}\"}} {value}")?;
+            }
+        }
+        for (name, value) in [
+            ("malformed_options", self.malformed_options),
+            ("device_errors", self.device_errors),
+            ("reloads", self.reloads),
+            ("refused_reloads", self.refused_reloads),
+        ] {
+            writeln!(f, "# TYPE shunt_balancer_{name}_total counter\nshunt_balancer_{name}_total {value}")?;
+        }
+        let columns: [(&str, Column); 6] = [
+            ("selected", |server| server.selected),
+            ("plain", |server| server.plain),
+            ("packets", |server| server.packets),
+            ("bytes", |server| server.bytes),
+            ("back_packets", |server| server.packets_back),
+            ("back_bytes", |server| server.bytes_back),
+        ];
+        for (column, value) in columns {
+            writeln!(f, "# TYPE shunt_balancer_server_{column}_total counter")?;
+            for (name, server) in &self.servers {
+                writeln!(f, "shunt_balancer_server_{column}_total{{server=\"{name}\"}} {}", value(server))?;
+            }
+        }
+        Ok(())
+    }
+}
