@@ -1,0 +1,298 @@
+//! The driver: one device, one machine, one loop.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::io::Read;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+
+use bytes::BytesMut;
+use serde::Serialize;
+use shunt_host::{Host, query};
+use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice, TunOptions};
+use shunt_stack::redirect::{Action, Server, ServerConfig, ServerCounters, ServerEvent};
+use shunt_stack::wire::Packet;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until};
+
+use crate::config::{Config, DivertMode};
+use crate::error::Error;
+use crate::listeners::Watch;
+use crate::setup::{self, Facts};
+
+/// The name of the agent's session on its host: its state files and its nftables table are called after it.
+const NAME: &str = "server";
+
+/// What is not in the configuration file.
+#[derive(Debug, Default)]
+pub struct RunOptions {
+    /// Write what came in and went out to this pcapng file.
+    pub capture: Option<PathBuf>,
+    /// Told once the agent works.
+    pub ready: Option<oneshot::Sender<()>>,
+    /// Told what was done: every [`Config::listener_interval`], if it has changed, and at the end.
+    pub stats: Option<watch::Sender<AgentStats>>,
+    /// Where the state that survives the process is kept; [`shunt_host::DEFAULT_STATE_DIR`] unless given.
+    pub state_dir: Option<PathBuf>,
+}
+
+/// Runs the agent until `shutdown`, in the network namespace of the calling thread, then undoes its changes to the
+/// host. What a killed predecessor left behind is removed first. SIGHUP reads the file again.
+///
+/// # Errors
+/// The host could not be set up or restored, or the device broke.
+pub async fn run(
+    config: Config,
+    options: RunOptions,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let state_dir = options.state_dir.as_deref().unwrap_or(Path::new(shunt_host::DEFAULT_STATE_DIR));
+    let mut host = Host::open_in(state_dir, NAME, &config.host).await?;
+    let result = serve(config, options, &mut host, shutdown).await;
+    let closed = host.close().await;
+    result?;
+    Ok(closed?)
+}
+
+async fn serve(
+    config: Config,
+    options: RunOptions,
+    host: &mut Host,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let facts = Facts::gather(&config).await?;
+    // Set up as part of the host, so that it is quiet before it is up.
+    let mut tun = TunOptions::new(&config.host.device);
+    tun.up = false;
+    let device = TunDevice::create(tun).map_err(Error::Device)?;
+    let hangup = signal(SignalKind::hangup()).map_err(Error::Signal)?;
+    // The machine is told who listens before the first packet comes.
+    let mut server = Server::new(machine(&config, &facts)?);
+    let mut watch = Watch::default();
+    watch.look(&config, &mut server).await;
+    host.apply(setup::changes(&config, &facts)).await?;
+    warn_of_surprises(&config, &facts).await;
+    let agent = Agent {
+        addresses: config.addresses.iter().copied().collect(),
+        ticks: ticks(&config),
+        config,
+        facts,
+        host,
+        server,
+        watch,
+        clock: Clock::start(),
+        hangup,
+        stats: AgentStats::default(),
+        publish: options.stats,
+    };
+    if let Some(ready) = options.ready {
+        // Whoever waits for it may have gone.
+        let _ = ready.send(());
+    }
+    match options.capture {
+        None => agent.drive(device, shutdown).await,
+        Some(path) => {
+            let capture = Capture::create(&path).map_err(|error| Error::Capture { path, error })?;
+            agent.drive(Captured::new(device, capture), shutdown).await
+        }
+    }
+}
+
+fn machine(config: &Config, facts: &Facts) -> Result<ServerConfig, Error> {
+    let mut isn_key = [0; 16];
+    let random = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut isn_key));
+    random.map_err(Error::Random)?;
+    Ok(ServerConfig {
+        exid: config.host.exid,
+        services: config.service_ports(),
+        isn_key,
+        half_open_limit: config.half_open_limit,
+        half_open_lifetime: config.half_open_lifetime,
+        mtu: facts.mtu as usize,
+        max_hops: config.max_hops,
+        ..ServerConfig::default()
+    })
+}
+
+fn ticks(config: &Config) -> Interval {
+    let mut ticks = interval(config.listener_interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+async fn warn_of_surprises(config: &Config, facts: &Facts) {
+    if config.divert == DivertMode::Nft && !facts.nft {
+        tracing::warn!(
+            "this kernel has no nftables: all TCP of the services passes through the agent, at a fraction of the \
+             kernel's speed, and ICMP errors about redirecting SYN-ACKs are not translated; load nf_tables, or write \
+             `divert = \"all\"` to do without this warning"
+        );
+    }
+    for address in &config.addresses {
+        let local = query::next_hop(*address).await.is_ok_and(|hop| hop.local);
+        if !local {
+            tracing::warn!(%address, "this is no address of this host: its TCP will not take packets to it");
+        }
+    }
+}
+
+/// What the agent has done since its start, in packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct AgentStats {
+    /// Seen by the protocol machine: to or from one of our addresses.
+    pub packets: u64,
+    /// Neither to nor from one of our addresses: dropped.
+    pub foreign: u64,
+    /// Not readable as packets: dropped.
+    pub malformed: u64,
+    /// Not taken by the device when they were written back.
+    pub unsent: u64,
+    /// What the protocol machine made of those it saw.
+    pub server: ServerCounters,
+}
+
+struct Agent<'a> {
+    config: Config,
+    facts: Facts,
+    host: &'a mut Host,
+    server: Server,
+    watch: Watch,
+    addresses: BTreeSet<IpAddr>,
+    clock: Clock,
+    ticks: Interval,
+    hangup: Signal,
+    stats: AgentStats,
+    publish: Option<watch::Sender<AgentStats>>,
+}
+
+impl Agent<'_> {
+    async fn drive<D: Device>(mut self, device: D, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+        let mut shutdown = pin!(shutdown);
+        let mut buffer = BytesMut::with_capacity(usize::from(u16::MAX) + 1);
+        loop {
+            let deadline = self.server.poll_timeout().map(|at| self.clock.timer(at));
+            let due = async {
+                match deadline {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = &mut shutdown => break,
+                _ = self.hangup.recv() => self.reload().await,
+                _ = self.ticks.tick() => {
+                    self.watch.look(&self.config, &mut self.server).await;
+                    self.publish();
+                }
+                () = due => self.flush(&device).await,
+                received = device.recv(&mut buffer) => {
+                    let offload = received
+                        .map_err(|error| Error::Read { name: device.name().to_owned(), error })?;
+                    match Packet::parse(std::mem::take(&mut buffer), offload) {
+                        Ok(packet) => buffer = self.handle(&device, packet).await,
+                        Err(rejected) => {
+                            self.stats.malformed += 1;
+                            tracing::trace!(error = %rejected.error, "a packet that cannot be read");
+                            buffer = rejected.buffer;
+                        }
+                    }
+                }
+            }
+        }
+        self.publish();
+        tracing::info!(stats = ?self.stats, "the agent ends");
+        Ok(())
+    }
+
+    /// Takes a packet through the machine; gives its buffer back.
+    async fn handle<D: Device>(&mut self, device: &D, mut packet: Packet) -> BytesMut {
+        let now = self.clock.now();
+        let action = if self.addresses.contains(&packet.destination()) {
+            self.stats.packets += 1;
+            self.server.handle_remote(now, &mut packet)
+        } else if self.addresses.contains(&packet.source()) {
+            self.stats.packets += 1;
+            self.server.handle_local(now, &mut packet)
+        } else {
+            self.stats.foreign += 1;
+            Action::Drop
+        };
+        if action == Action::Pass {
+            self.send(device, &packet).await;
+        }
+        self.flush(device).await;
+        packet.into_buffer()
+    }
+
+    /// Sends what the machine has to send: the routes know where to, whichever direction it is.
+    async fn flush<D: Device>(&mut self, device: &D) {
+        while let Some(transmit) = self.server.poll_transmit(self.clock.now()) {
+            self.send(device, &transmit.packet).await;
+        }
+        while let Some(event) = self.server.poll_event() {
+            narrate(event);
+        }
+    }
+
+    async fn send<D: Device>(&mut self, device: &D, packet: &Packet) {
+        if let Err(error) = device.send(packet).await {
+            // One packet's fault, or the device is gone, which reading will tell.
+            self.stats.unsent += 1;
+            tracing::debug!(%error, length = packet.len(), "the device did not take a packet");
+        }
+    }
+
+    fn publish(&mut self) {
+        self.stats.server = *self.server.counters();
+        if let Some(publish) = &self.publish {
+            publish.send_if_modified(|known| std::mem::replace(known, self.stats) != self.stats);
+        }
+    }
+
+    /// Takes on the file as it is now; as a whole or not at all.
+    async fn reload(&mut self) {
+        let path = self.config.path.clone();
+        let new = match Config::load(&path) {
+            Ok(new) => new,
+            Err(error) => return tracing::error!("the configuration stays as it was: {error}"),
+        };
+        if let Some(key) = self.config.needs_restart(&new) {
+            return tracing::error!("the configuration stays as it was: `{key}` only changes with a restart");
+        }
+        // The rest describes the host as it was before we changed it.
+        let facts = Facts { nft: shunt_host::nft_available().await, ..self.facts.clone() };
+        if let Err(error) = self.host.replace(setup::changes(&new, &facts)).await {
+            tracing::error!(%error, "the configuration stays as it was");
+            if let Err(error) = self.host.replace(setup::changes(&self.config, &self.facts)).await {
+                tracing::error!(%error, "the host could not be set back to it: restart the agent");
+            }
+            return;
+        }
+        self.server.set_services(&new.service_ports());
+        self.addresses = new.addresses.iter().copied().collect();
+        self.ticks = ticks(&new);
+        self.config = new;
+        self.facts = facts;
+        self.watch.look(&self.config, &mut self.server).await;
+        warn_of_surprises(&self.config, &self.facts).await;
+        tracing::info!(path = %path.display(), "the configuration was read again");
+    }
+}
+
+fn narrate(event: ServerEvent) {
+    match event {
+        ServerEvent::Answered { client, asked, port } => {
+            tracing::debug!(%client, %asked, port, "sent to its service port: reconnect");
+        }
+        ServerEvent::HandedOver { client, asked, port } => {
+            tracing::debug!(%client, %asked, port, "sent to its service port: handover");
+        }
+        ServerEvent::Confirmed { client, service } => tracing::debug!(%client, %service, "confirmed"),
+        ServerEvent::Declined { client, asked, reason } => {
+            tracing::debug!(%client, %asked, ?reason, "not redirected");
+        }
+    }
+}

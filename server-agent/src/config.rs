@@ -1,0 +1,120 @@
+//! The server's TOML file: what may be written, what is left out, and what is refused with file and line.
+
+mod file;
+#[cfg(test)]
+mod tests;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use shunt_host::{ConfigError, HostOptions, Source};
+use shunt_stack::redirect::ServicePorts;
+
+/// Which packets the agent gets to see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DivertMode {
+    /// SYNs that carry the option and SYN-ACKs of service ports, marked by nftables; where the kernel lacks nftables,
+    /// as `All`, with a warning.
+    #[default]
+    Nft,
+    /// Every TCP segment to the ports and from the service ports, by policy rules: established traffic too, at the
+    /// speed of one userspace loop.
+    All,
+}
+
+/// A redirect port of this server and the service port it stands for here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Its name, for messages.
+    pub name: String,
+    /// X.
+    pub redirect_port: u16,
+    /// Y.
+    pub service_port: u16,
+}
+
+/// The server's configuration, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The interface clients' packets arrive by.
+    pub interface: String,
+    /// What they are addressed to when they arrive: the VIP, or this server's own address behind a balancer that
+    /// rewrites it. Not empty.
+    pub addresses: Vec<IpAddr>,
+    /// The services, each at every address. Not empty.
+    pub services: Vec<Service>,
+    /// Which packets the agent sees.
+    pub divert: DivertMode,
+    /// Whether the ports' packets bypass connection tracking, which can take a handshake that changes its port for an
+    /// invalid one. ICMP errors about untracked connections count as invalid there.
+    pub notrack: bool,
+    /// Half-open connections remembered (`S5`).
+    pub half_open_limit: usize,
+    /// How long they are (`S5`).
+    pub half_open_lifetime: Duration,
+    /// Redirects of one connect after which it is left plain (`C3`).
+    pub max_hops: u8,
+    /// How often the kernel is asked who listens (`S6`).
+    pub listener_interval: Duration,
+    /// Numbers and names used on the host.
+    pub host: HostOptions,
+    /// The file it came from, which SIGHUP reads again.
+    pub path: PathBuf,
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// The first mistake, with its line.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        Self::from_source(&Source::read(path.as_ref())?)
+    }
+
+    /// The same from text in memory.
+    ///
+    /// # Errors
+    /// The first mistake, with its line.
+    pub fn from_source(source: &Source) -> Result<Self, ConfigError> {
+        file::read(source)
+    }
+
+    /// Each service at each address, as the protocol machine wants them.
+    pub fn service_ports(&self) -> Vec<ServicePorts> {
+        let at = |address: &IpAddr, service: &Service| ServicePorts {
+            address: *address,
+            redirect_port: service.redirect_port,
+            service_port: service.service_port,
+        };
+        self.addresses
+            .iter()
+            .flat_map(|address| self.services.iter().map(move |service| at(address, service)))
+            .collect()
+    }
+
+    /// The sockets that programs must listen on (`S6`), with their services' names.
+    pub(crate) fn service_sockets(&self) -> impl Iterator<Item = (SocketAddr, &str)> {
+        self.addresses.iter().flat_map(|address| {
+            self.services
+                .iter()
+                .map(|service| (SocketAddr::new(*address, service.service_port), service.name.as_str()))
+        })
+    }
+
+    /// Why `new` cannot take this one's place while the agent runs; `None` if it can.
+    pub(crate) fn needs_restart(&self, new: &Config) -> Option<&'static str> {
+        let same = [
+            (self.interface == new.interface, "interface"),
+            (self.host == new.host, "[host]"),
+            (self.limits() == new.limits(), "[limits]"),
+        ];
+        same.into_iter().find(|(same, _)| !same).map(|(_, key)| key)
+    }
+
+    fn limits(&self) -> (usize, Duration, u8) {
+        (self.half_open_limit, self.half_open_lifetime, self.max_hops)
+    }
+}

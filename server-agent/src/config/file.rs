@@ -1,0 +1,213 @@
+//! The file as written, and its check.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use serde::Deserialize;
+use shunt_host::{ConfigError, HostSettings, Role, Source};
+use shunt_stack::redirect::ServerConfig;
+use toml::Spanned;
+
+use super::{Config, DivertMode, Service};
+
+const MAX_ADDRESSES: usize = 256;
+const MAX_SERVICES: usize = 1024;
+const MAX_HALF_OPEN: u64 = 1 << 24;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    /// Read by [`RoleOnly`], before the rest is looked at.
+    #[serde(rename = "role")]
+    _role: Role,
+    interface: Spanned<String>,
+    addresses: Spanned<Vec<Spanned<IpAddr>>>,
+    #[serde(default)]
+    divert: DivertMode,
+    #[serde(default = "yes")]
+    notrack: bool,
+    #[serde(default)]
+    service: Vec<ServiceTable>,
+    #[serde(default)]
+    limits: Limits,
+    #[serde(default)]
+    timers: Timers,
+    #[serde(default)]
+    host: HostSettings,
+}
+
+#[derive(Debug, Deserialize)]
+struct RoleOnly {
+    role: Spanned<Role>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ServiceTable {
+    name: Spanned<String>,
+    redirect_port: Spanned<u16>,
+    service_port: Spanned<u16>,
+}
+
+/// Bounds. Left out, they are those of [`ServerConfig::default`].
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Limits {
+    /// Half-open connections remembered (`S5`); 65,536.
+    half_open: Option<Spanned<u64>>,
+    /// Redirects followed in one connect (`C3`); 3.
+    hops: Option<Spanned<u64>>,
+}
+
+/// Times in seconds.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Timers {
+    /// How long a half-open connection is remembered (`S5`); 64.
+    half_open_s: Option<Spanned<u64>>,
+    /// Between looks at who listens (`S6`); 1.
+    listeners_s: Option<Spanned<u64>>,
+}
+
+/// Reads and checks the whole file.
+pub(super) fn read(source: &Source) -> Result<Config, ConfigError> {
+    // Explains a missing or unknown role better than the parser can.
+    let role = shunt_host::role_of(source)?;
+    if role != Role::Server {
+        // Before its other keys are complained about.
+        let written = source.parse::<RoleOnly>()?.role;
+        let message = format!("this is the file of a {role}, not of a server");
+        return Err(source.error_at(written.span(), message));
+    }
+    source.parse::<File>()?.check(source)
+}
+
+impl File {
+    fn check(self, source: &Source) -> Result<Config, ConfigError> {
+        let defaults = ServerConfig::default();
+        let hops = within(source, self.limits.hops.as_ref(), u64::from(defaults.max_hops), 1..=7)?;
+        let half_open = within(
+            source,
+            self.limits.half_open.as_ref(),
+            defaults.half_open_limit as u64,
+            1..=MAX_HALF_OPEN,
+        )?;
+        let lifetime = defaults.half_open_lifetime.as_secs();
+        let lifetime = within(source, self.timers.half_open_s.as_ref(), lifetime, 1..=3600)?;
+        let listeners = within(source, self.timers.listeners_s.as_ref(), 1, 1..=3600)?;
+        Ok(Config {
+            interface: interface(source, &self.interface)?,
+            addresses: addresses(source, &self.addresses)?,
+            services: services(source, &self.service)?,
+            divert: self.divert,
+            notrack: self.notrack,
+            half_open_limit: usize::try_from(half_open).unwrap_or(usize::MAX),
+            half_open_lifetime: Duration::from_secs(lifetime),
+            max_hops: hops as u8,
+            listener_interval: Duration::from_secs(listeners),
+            host: self.host.resolve(Role::Server, source)?,
+            path: source.path.clone(),
+        })
+    }
+}
+
+fn within(
+    source: &Source,
+    written: Option<&Spanned<u64>>,
+    default: u64,
+    range: std::ops::RangeInclusive<u64>,
+) -> Result<u64, ConfigError> {
+    match written {
+        None => Ok(default),
+        Some(value) if range.contains(value.get_ref()) => Ok(*value.get_ref()),
+        Some(value) => {
+            let message = format!("this must be between {} and {}", range.start(), range.end());
+            Err(source.error_at(value.span(), message))
+        }
+    }
+}
+
+fn interface(source: &Source, name: &Spanned<String>) -> Result<String, ConfigError> {
+    let text = name.get_ref();
+    // What the kernel's dev_valid_name() refuses.
+    let bad = |c: char| c == '/' || c == ':' || c.is_whitespace();
+    if text.is_empty() || text.len() > 15 || text == "." || text == ".." || text.contains(bad) {
+        let message = format!("{text:?} cannot be an interface's name");
+        return Err(source.error_at(name.span(), message));
+    }
+    if text == "lo" {
+        return Err(source.error_at(name.span(), "clients' packets do not arrive by the loopback interface"));
+    }
+    Ok(text.clone())
+}
+
+fn addresses(source: &Source, written: &Spanned<Vec<Spanned<IpAddr>>>) -> Result<Vec<IpAddr>, ConfigError> {
+    let list = written.get_ref();
+    if list.is_empty() || list.len() > MAX_ADDRESSES {
+        let message = format!("between 1 and {MAX_ADDRESSES} addresses are needed");
+        return Err(source.error_at(written.span(), message));
+    }
+    let mut addresses = Vec::with_capacity(list.len());
+    for address in list {
+        let (ip, span) = (*address.get_ref(), address.span());
+        let mapped = matches!(ip, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+        let broadcast = ip == IpAddr::V4(Ipv4Addr::BROADCAST);
+        if ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || mapped || broadcast {
+            return Err(source.error_at(span, format!("{ip} cannot be reached from other hosts")));
+        }
+        if addresses.contains(&ip) {
+            return Err(source.error_at(span, format!("the address {ip} is listed twice")));
+        }
+        addresses.push(ip);
+    }
+    Ok(addresses)
+}
+
+fn services(source: &Source, tables: &[ServiceTable]) -> Result<Vec<Service>, ConfigError> {
+    if tables.is_empty() || tables.len() > MAX_SERVICES {
+        return Err(source.error(format!("between 1 and {MAX_SERVICES} [[service]] tables are needed")));
+    }
+    let (mut names, mut ports) = (HashSet::new(), HashMap::new());
+    let mut services = Vec::with_capacity(tables.len());
+    for table in tables {
+        let name = table.name.get_ref();
+        let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if name.is_empty() || name.len() > 64 || !name.chars().all(good) {
+            let message = format!(
+                "{name:?} cannot name a service: 1 to 64 letters, digits, hyphens, underscores and dots"
+            );
+            return Err(source.error_at(table.name.span(), message));
+        }
+        if !names.insert(name) {
+            return Err(source.error_at(table.name.span(), format!("another service is named {name:?}")));
+        }
+        for (port, kind) in [(&table.redirect_port, "redirect"), (&table.service_port, "service")] {
+            let number = *port.get_ref();
+            if number == 0 {
+                return Err(source.error_at(port.span(), "port 0 cannot be used"));
+            }
+            // A service port stands for exactly one redirect port (PROTOCOL.md §1), and is no redirect port itself.
+            if let Some((other, its)) = ports.insert(number, (name, kind)) {
+                let message = if other == name {
+                    format!(
+                        "port {number} cannot be both: the service port is what tells this server from the others"
+                    )
+                } else {
+                    format!("port {number} is the {its} port of {other:?} already")
+                };
+                return Err(source.error_at(port.span(), message));
+            }
+        }
+        services.push(Service {
+            name: name.clone(),
+            redirect_port: *table.redirect_port.get_ref(),
+            service_port: *table.service_port.get_ref(),
+        });
+    }
+    Ok(services)
+}

@@ -1,0 +1,17 @@
+//! Port redirection beside the server's kernel.
+//!
+//! The agent sees SYNs that carry the option and SYN-ACKs of service ports, in a TUN device; [`shunt_stack::redirect`]
+//! decides about them. Established connections stay in the kernel and the programs are unmodified: they listen on
+//! their service port beside their usual one. Nothing here decides what a packet means.
+//!
+//! - [`Config`] is the TOML file, checked; `setup` says what it means for the host; [`run`] is the driver.
+
+mod agent;
+mod config;
+mod error;
+mod listeners;
+mod setup;
+
+pub use agent::{AgentStats, RunOptions, run};
+pub use config::{Config, DivertMode, Service};
+pub use error::Error;
