@@ -1,0 +1,383 @@
+//! What the shim changes on its host, as values. Decides; [`shunt_host::Host`] does.
+//!
+//! Segments of the host's own TCP to a VIP are routed into the TUN device, as are segments from a VIP that arrive;
+//! what the shim writes back is routed out or taken in as if it had come by the network. The source address stays the
+//! host's own, and connection tracking is not needed. ICMP errors about packets to a VIP come from any router: marks
+//! divert them by what they quote.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use shunt_host::change::{LOCAL, Link, Route, Rule, Sysctl};
+use shunt_host::options::{PREFERENCES, TABLES};
+use shunt_host::{Change, Divert, Family, HostOptions, PortRange, Prefix, QuotedMatch, SegmentMatch};
+
+use crate::config::Config;
+use crate::paths::Paths;
+
+/// The least MTU of IPv6 (RFC 8200 §5), and of the device.
+const LEAST_MTU: u32 = 1280;
+
+/// Our tables, from [`HostOptions::table`] on.
+mod table {
+    /// Everything into the device.
+    pub(super) const IN: u32 = 0;
+    /// The ways of the host's own TCP to VIPs: into the device, with the host's address.
+    pub(super) const APP: u32 = 1;
+    /// The ways to VIPs out of the host.
+    pub(super) const OUT: u32 = 2;
+}
+
+/// Our rules, from [`HostOptions::preference`] on.
+mod preference {
+    pub(super) const DEVICE_OUT: u32 = 0;
+    pub(super) const DEVICE_LOCAL: u32 = 1;
+    pub(super) const MARKED: u32 = 2;
+    pub(super) const ARRIVING: u32 = 3;
+    pub(super) const OWN: u32 = 4;
+}
+
+/// What the set-up depends on beside configuration and paths; asked once, before anything is changed.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Facts {
+    /// Whether packets can be marked.
+    pub(crate) nft: bool,
+    /// Interfaces that take router advertisements, which they would not do any more once IPv6 is forwarded.
+    pub(crate) accept_ra: Vec<String>,
+    /// The device's MTU when it was made, in bytes.
+    pub(crate) mtu: u32,
+}
+
+impl Facts {
+    /// Asks the kernel.
+    pub(crate) async fn gather(paths: &Paths) -> Self {
+        Self {
+            nft: shunt_host::nft_available().await,
+            accept_ra: shunt_host::query::accepting_advertisements(),
+            mtu: device_mtu(paths).unwrap_or(1500),
+        }
+    }
+}
+
+/// The MTU the device needs: no packet that it takes may be too big for the interfaces behind it, because the
+/// host's own ICMP errors about that do not come back through the shim.
+fn device_mtu(paths: &Paths) -> Option<u32> {
+    paths.mtu().map(|mtu| mtu.max(LEAST_MTU))
+}
+
+/// All changes for these paths, in the order they must be made.
+pub(crate) fn changes(config: &Config, paths: &Paths, facts: &Facts) -> Vec<Change> {
+    let setup = Setup { config, host: &config.host, paths, facts };
+    let mut changes = setup.device();
+    for family in setup.families() {
+        setup.family(family, &mut changes);
+    }
+    changes.push(Change::LocalLast);
+    setup.routes(&mut changes);
+    setup.leaving_the_device(&mut changes);
+    if facts.nft {
+        changes.push(setup.divert().into());
+        changes.extend(setup.families().map(|family| setup.marked(family).into()));
+    }
+    setup.entering_the_device(&mut changes);
+    changes
+}
+
+/// Where the changes of [`guard`] live: beside those of [`changes`], so that neither's sweep removes the other's.
+pub(crate) fn guard_options(host: &HostOptions) -> HostOptions {
+    HostOptions {
+        table: host.table.saturating_add(TABLES),
+        preference: host.preference.saturating_add(PREFERENCES).min(99),
+        ..host.clone()
+    }
+}
+
+/// What holds TCP to and from VIPs back while the shim is away: its rules come after the shim's, and matter when those
+/// lead nowhere.
+pub(crate) fn guard(config: &Config, paths: &Paths) -> Vec<Change> {
+    let host = guard_options(&config.host);
+    let setup = Setup { config, host: &host, paths, facts: &Facts::default() };
+    let mut changes = vec![Change::LocalLast];
+    for family in setup.families() {
+        changes.push(Route::blackhole(host.table, Prefix::all(family)).into());
+    }
+    for (vip, path) in paths.iter() {
+        let rule = || Rule::new(Family::of(vip), host.preference, host.table).tcp();
+        changes.push(rule().interface(&path.hop.interface).from(vip).into());
+        changes.push(rule().interface("lo").to(vip).into());
+    }
+    changes
+}
+
+struct Setup<'a> {
+    config: &'a Config,
+    host: &'a HostOptions,
+    paths: &'a Paths,
+    facts: &'a Facts,
+}
+
+impl Setup<'_> {
+    fn table(&self, offset: u32) -> u32 {
+        self.host.table + offset
+    }
+
+    fn preference(&self, offset: u32) -> u32 {
+        self.host.preference + offset
+    }
+
+    fn vips(&self) -> impl Iterator<Item = IpAddr> {
+        self.paths.iter().map(|(vip, _)| vip)
+    }
+
+    fn families(&self) -> impl Iterator<Item = Family> {
+        Family::BOTH.into_iter().filter(|family| self.vips().any(|vip| Family::of(vip) == *family))
+    }
+
+    /// The interfaces by which VIPs of a family are reached.
+    fn interfaces(&self, family: Family) -> BTreeSet<&str> {
+        self.paths
+            .iter()
+            .filter(|(vip, _)| Family::of(*vip) == family)
+            .map(|(_, path)| path.hop.interface.as_str())
+            .collect()
+    }
+
+    fn device(&self) -> Vec<Change> {
+        let device = &self.host.device;
+        let mut changes = vec![Link::tun(device, self.facts.mtu).into()];
+        // A change of its own: undoing the first would take the device down.
+        if let Some(mtu) = device_mtu(self.paths)
+            && mtu != self.facts.mtu
+        {
+            changes.push(Link { interface: device.clone(), mtu: Some(mtu), quiet: false, up: false }.into());
+        }
+        changes
+    }
+
+    fn family(&self, family: Family, changes: &mut Vec<Change>) {
+        let device = self.host.device.as_str();
+        let mut set = |sysctl: Sysctl| changes.push(sysctl.into());
+        // Early demultiplexing attaches the socket to what must be forwarded, and forwarding then drops it. The key
+        // is for both families.
+        set(Sysctl::new("net/ipv4/tcp_early_demux", 0));
+        match family {
+            Family::V4 => {
+                set(Sysctl::interface(family, "all", "rp_filter", 0));
+                set(Sysctl::interface(family, device, "accept_local", 1));
+                for interface in self.interfaces(family).into_iter().chain([device]) {
+                    set(Sysctl::interface(family, interface, "rp_filter", 0));
+                    set(Sysctl::interface(family, interface, "forwarding", 1));
+                }
+            }
+            Family::V6 => {
+                // Before forwarding, or the routes learnt from advertisements are dropped.
+                for interface in &self.facts.accept_ra {
+                    set(Sysctl::interface(family, interface, "accept_ra", 2).optional());
+                }
+                set(Sysctl::interface(family, "all", "forwarding", 1));
+            }
+        }
+    }
+
+    fn routes(&self, changes: &mut Vec<Change>) {
+        let device = self.host.device.as_str();
+        for family in self.families() {
+            changes.push(Route::device(self.table(table::IN), Prefix::all(family), device).into());
+        }
+        for (vip, path) in self.paths.iter() {
+            let hop = &path.hop;
+            let mut out = Route::device(self.table(table::OUT), vip, &hop.interface).via(hop.gateway);
+            if hop.gateway.is_some() {
+                // The lookup has found it on the link, whatever this table knows.
+                out = out.on_link();
+            }
+            changes.push(out.into());
+            if self.config.proxy.is_none() {
+                changes.push(Route::device(self.table(table::APP), vip, device).source(hop.source).into());
+            }
+        }
+    }
+
+    fn leaving_the_device(&self, changes: &mut Vec<Change>) {
+        let from_device = |family, offset, table| {
+            Rule::new(family, self.preference(offset), table).interface(&self.host.device)
+        };
+        for vip in self.vips() {
+            let out = self.table(table::OUT);
+            changes.push(from_device(Family::of(vip), preference::DEVICE_OUT, out).to(vip).into());
+        }
+        for family in self.families() {
+            changes.push(from_device(family, preference::DEVICE_LOCAL, LOCAL).into());
+        }
+    }
+
+    fn marked(&self, family: Family) -> Rule {
+        Rule::new(family, self.preference(preference::MARKED), self.table(table::IN))
+            .mark(self.host.mark, self.host.mark_mask)
+    }
+
+    fn entering_the_device(&self, changes: &mut Vec<Change>) {
+        if let Some(proxy) = &self.config.proxy {
+            changes.push(Change::ReservePorts(vec![proxy.ports]));
+        }
+        let rule = |vip, offset, table| Rule::new(Family::of(vip), self.preference(offset), table).tcp();
+        let arriving = |vip, interface: &str| {
+            rule(vip, preference::ARRIVING, self.table(table::IN)).interface(interface).from(vip)
+        };
+        for (vip, path) in self.paths.iter() {
+            if let Some(proxy) = &self.config.proxy {
+                // Its own address may be that of another of these interfaces.
+                for interface in self.interfaces(Family::of(vip)) {
+                    changes.push(arriving(vip, interface).destination_port(proxy.ports).into());
+                }
+            } else {
+                changes.push(arriving(vip, &path.hop.interface).into());
+                let own = rule(vip, preference::OWN, self.table(table::APP)).interface("lo").to(vip);
+                changes.push(own.into());
+            }
+        }
+    }
+
+    fn divert(&self) -> Divert {
+        let vips: Vec<IpAddr> = self.vips().collect();
+        let mut divert = Divert {
+            mark: self.host.mark,
+            mask: self.host.mark_mask,
+            except_interface: Some(self.host.device.clone()),
+            icmp: vec![QuotedMatch { interface: None, source: Vec::new(), destination: vips.clone() }],
+            ..Divert::default()
+        };
+        if self.config.notrack && !vips.is_empty() {
+            self.untrack(&vips, &mut divert);
+        }
+        divert
+    }
+
+    fn untrack(&self, vips: &[IpAddr], divert: &mut Divert) {
+        let prefixes: Vec<Prefix> = vips.iter().copied().map(Prefix::host).collect();
+        let ports: Vec<PortRange> = self.config.proxy.iter().map(|proxy| proxy.ports).collect();
+        let from_vip = |interface: &str, source| SegmentMatch {
+            interface: Some(interface.to_owned()),
+            source,
+            destination_ports: ports.clone(),
+            ..SegmentMatch::default()
+        };
+        let to_vip = |interface: Option<String>| SegmentMatch {
+            interface,
+            destination: prefixes.clone(),
+            source_ports: ports.clone(),
+            ..SegmentMatch::default()
+        };
+        for (vip, path) in self.paths.iter() {
+            divert.untracked_incoming.push(from_vip(&path.hop.interface, vec![Prefix::host(vip)]));
+        }
+        divert.untracked_incoming.push(from_vip(&self.host.device, prefixes.clone()));
+        divert.untracked_incoming.push(to_vip(Some(self.host.device.clone())));
+        if self.config.proxy.is_none() {
+            divert.untracked_outgoing.push(to_vip(None));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shunt_host::Source;
+    use shunt_host::query::NextHop;
+
+    use super::*;
+    use crate::paths::Path;
+
+    fn config(extra: &str) -> Config {
+        let text = format!(
+            "role = \"client\"\n{extra}\n[[vip]]\naddress = \"203.0.113.10\"\n[[vip]]\naddress = \"2001:db8::10\"\n"
+        );
+        let text = if extra.contains("proxy") {
+            format!("{text}[proxy]\nsocks5 = \"127.0.0.1:1080\"\n")
+        } else {
+            text
+        };
+        Config::from_source(&Source::new("client.toml", text)).unwrap()
+    }
+
+    fn path(gateway: &str, source: &str, mtu: u32) -> Path {
+        let hop = NextHop {
+            index: 2,
+            interface: "eth0".to_owned(),
+            gateway: Some(gateway.parse().unwrap()),
+            source: Some(source.parse().unwrap()),
+            local: false,
+        };
+        Path { hop, mtu }
+    }
+
+    fn paths() -> Paths {
+        Paths::from_iter([
+            ("203.0.113.10".parse().unwrap(), path("10.0.0.1", "10.0.0.2", 1500)),
+            ("2001:db8::10".parse().unwrap(), path("fe80::1", "2001:db8:1::2", 1400)),
+        ])
+    }
+
+    fn rules(changes: &[Change]) -> impl Iterator<Item = &Rule> {
+        changes.iter().filter_map(|change| match change {
+            Change::Rule(rule) => Some(rule),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn only_tcp_is_diverted_by_rules_or_neighbour_discovery_breaks() {
+        for mode in ["", "mode = \"proxy\""] {
+            let changes = changes(&config(mode), &paths(), &Facts { nft: true, ..Facts::default() });
+            let device = HostOptions::defaults(shunt_host::Role::Client).device;
+            for rule in rules(&changes) {
+                let leaves = rule.interface.as_ref() == Some(&device);
+                assert!(leaves || rule.tcp || rule.mark.is_some(), "{rule:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_proxy_takes_its_own_ports_only_and_no_connection_of_the_kernel() {
+        let changes = changes(&config("mode = \"proxy\""), &paths(), &Facts::default());
+        let arriving: Vec<&Rule> = rules(&changes).filter(|rule| rule.from.is_some()).collect();
+        assert_eq!(arriving.len(), 2);
+        assert!(arriving.iter().all(|rule| rule.destination_port == Some(PortRange::new(50_000, 50_999))));
+        assert!(!rules(&changes).any(|rule| rule.interface.as_deref() == Some("lo")));
+    }
+
+    #[test]
+    fn traffic_enters_the_device_only_when_it_can_leave_it() {
+        let changes = changes(&config(""), &paths(), &Facts::default());
+        let into =
+            changes.iter().position(|change| matches!(change, Change::Rule(rule) if rule.tcp)).unwrap();
+        let later = &changes[into..];
+        assert!(later.iter().all(|change| matches!(change, Change::Rule(rule) if rule.tcp)), "{later:?}");
+    }
+
+    #[test]
+    fn the_device_takes_no_packet_too_big_for_the_interfaces_behind_it() {
+        let facts = Facts { mtu: 1500, ..Facts::default() };
+        let links: Vec<u32> = changes(&config(""), &paths(), &facts)
+            .iter()
+            .filter_map(|change| match change {
+                Change::Link(link) => link.mtu,
+                _ => None,
+            })
+            .collect();
+        assert_eq!(links, [1500, 1400]);
+    }
+
+    #[test]
+    fn the_guards_numbers_are_not_swept_with_the_shims() {
+        let main = HostOptions::defaults(shunt_host::Role::Client);
+        let guard = guard_options(&main);
+        assert!(!main.preferences().contains(&guard.preference) && !main.tables().contains(&guard.table));
+        assert!(!guard.preferences().contains(&main.preference) && !guard.tables().contains(&main.table));
+    }
+
+    #[test]
+    fn a_vip_without_a_route_changes_nothing() {
+        let changes = changes(&config(""), &Paths::default(), &Facts { nft: true, ..Facts::default() });
+        assert_eq!(rules(&changes).count(), 0);
+    }
+}

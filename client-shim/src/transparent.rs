@@ -1,0 +1,305 @@
+//! Beside the kernel's TCP: one TUN device, policy routing, and the client's machine between.
+
+use std::collections::HashSet;
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use shunt_host::HostError;
+use shunt_host::query::TcpSockets;
+use shunt_stack::device::Device;
+use shunt_stack::redirect::FlowRecord;
+use siphasher::sip::SipHasher13;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::flows::FlowFile;
+use crate::reload::Reload;
+use crate::session::Session;
+use crate::shim::{Shim, is_passing};
+
+/// Between two saves of the flows passes so many times as long as a save takes, within [`SAVE_LEAST`] and [`SAVE_MOST`]:
+/// connections that are younger do not survive a kill.
+const SAVE_SHARE: u32 = 20;
+const SAVE_LEAST: Duration = Duration::from_millis(50);
+const SAVE_MOST: Duration = Duration::from_secs(1);
+/// A time that does not come.
+const NEVER: Duration = Duration::from_hours(365 * 24);
+
+type SocketQuery = Pin<Box<dyn Future<Output = Result<TcpSockets, HostError>>>>;
+
+/// Runs the shim over `device` until `shutdown`.
+///
+/// # Errors
+/// The device is gone, or the host's routing could not follow a change.
+pub(crate) async fn drive<D: Device>(
+    session: &mut Session,
+    device: &D,
+    mut reload: Reload,
+    ready: Option<tokio::sync::oneshot::Sender<()>>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let mut driver = Driver::start(session, device).await;
+    if let Some(ready) = ready {
+        // Whoever asked may have gone.
+        let _ = ready.send(());
+    }
+    let result = driver.serve(session, device, &mut reload, shutdown).await;
+    driver.finish().await;
+    result
+}
+
+/// The shim with what it does from time to time.
+struct Driver {
+    shim: Shim,
+    saver: Saver,
+    /// Connections the machine knew when the kernel was asked for its sockets, and the question.
+    query: Option<(HashSet<(SocketAddr, SocketAddr)>, SocketQuery)>,
+}
+
+impl Driver {
+    async fn start(session: &Session, device: &impl Device) -> Self {
+        let mut driver = Self {
+            shim: new_shim(session, device),
+            saver: Saver::new(session.flow_file().clone()),
+            query: None,
+        };
+        let restored = driver.saver.restore(&mut driver.shim);
+        if restored > 0 {
+            driver.free_ended(session).await;
+            tracing::info!(restored, alive = driver.shim.client().flow_count(), "took over connections");
+        }
+        driver
+    }
+
+    async fn serve(
+        &mut self,
+        session: &mut Session,
+        device: &impl Device,
+        reload: &mut Reload,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), Error> {
+        let mut buffer = BytesMut::new();
+        let mut paths = ticks(session.config().path_interval);
+        let mut sockets = ticks(session.config().socket_interval);
+        tokio::pin!(shutdown);
+        loop {
+            let far = Instant::now() + NEVER;
+            let timer = self.shim.deadline().unwrap_or(far);
+            let save = self.saver.due(&mut self.shim).unwrap_or(far);
+            tokio::select! {
+                received = device.recv(&mut buffer) => match received {
+                    Ok(offload) => self.shim.on_packet(device, &mut buffer, offload).await,
+                    Err(error) => self.on_device_error(device, error).await?,
+                },
+                () = sleep_until(timer) => self.shim.on_timer(device).await,
+                () = sleep_until(save) => self.saver.save(&self.shim).await,
+                result = answer(&mut self.query) => self.on_sockets(result),
+                _ = sockets.tick() => self.ask_for_sockets(),
+                _ = paths.tick() => {
+                    if session.follow_paths().await {
+                        session.tell_paths(|vip, path| self.shim.client_mut().set_path(vip, path));
+                    }
+                }
+                config = reload.wait(session.config()) => {
+                    self.reload(session, device, config).await?;
+                    paths = ticks(session.config().path_interval);
+                    sockets = ticks(session.config().socket_interval);
+                }
+                () = &mut shutdown => return Ok(()),
+            }
+        }
+    }
+
+    async fn on_device_error(&self, device: &impl Device, error: io::Error) -> Result<(), Error> {
+        if is_passing(&error) {
+            // Not in a tight loop.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            return Ok(());
+        }
+        Err(Error::Device { name: device.name().to_owned(), error })
+    }
+
+    /// Begins to look for connections whose socket is gone (`C12`).
+    fn ask_for_sockets(&mut self) {
+        if self.query.is_some() || self.shim.client().flow_count() == 0 {
+            return;
+        }
+        // Only flows that are there now may be freed by the answer: a later one's socket may be missing in it.
+        let mut known = HashSet::new();
+        self.shim.client_mut().retain(|local, vip| {
+            known.insert((local, vip));
+            true
+        });
+        self.query = Some((known, ask(self.shim.vips().clone())));
+    }
+
+    fn on_sockets(&mut self, answer: Answer) {
+        match answer {
+            Ok((known, sockets)) => {
+                self.free(|local, vip| !known.contains(&(local, vip)) || sockets.contains(local, vip));
+            }
+            Err(error) => tracing::warn!(%error, "ended connections cannot be freed"),
+        }
+    }
+
+    fn free(&mut self, alive: impl FnMut(SocketAddr, SocketAddr) -> bool) {
+        let before = self.shim.client().flow_count();
+        self.shim.client_mut().retain(alive);
+        let freed = before - self.shim.client().flow_count();
+        if freed > 0 {
+            tracing::debug!(freed, left = before - freed, "connections have ended");
+            self.shim.note_flows_changed();
+        }
+    }
+
+    async fn free_ended(&mut self, session: &Session) {
+        match ask(session.config().vips().collect()).await {
+            Ok(sockets) => self.free(|local, vip| sockets.contains(local, vip)),
+            Err(error) => tracing::warn!(%error, "ended connections cannot be freed"),
+        }
+    }
+
+    /// Starts over with another configuration; redirected connections go on.
+    async fn reload(
+        &mut self,
+        session: &mut Session,
+        device: &impl Device,
+        config: Config,
+    ) -> Result<(), Error> {
+        let flows: Vec<FlowRecord> = self.shim.client().flows().collect();
+        session.reconfigure(config).await?;
+        self.shim = new_shim(session, device);
+        self.query = None;
+        let kept = flows.iter().filter(|flow| self.shim.client_mut().restore(**flow)).count();
+        self.shim.note_flows_changed();
+        tracing::info!(kept, ended = flows.len() - kept, "reloaded; redirected connections go on");
+        Ok(())
+    }
+
+    async fn finish(mut self) {
+        self.saver.finish(&self.shim).await;
+        tracing::info!(
+            flows = self.shim.client().flow_count(),
+            machine = ?self.shim.client().counters(),
+            driver = ?self.shim.counters,
+            "stopped"
+        );
+    }
+}
+
+fn new_shim(session: &Session, device: &impl Device) -> Shim {
+    let mut config = session.config().client.clone();
+    config.mtu = device.mtu();
+    let mut shim = Shim::new(config);
+    session.tell_paths(|vip, path| shim.client_mut().set_path(vip, path));
+    shim
+}
+
+fn ticks(period: Duration) -> tokio::time::Interval {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+fn ask(vips: HashSet<IpAddr>) -> SocketQuery {
+    Box::pin(async move { TcpSockets::connected_to(&vips).await })
+}
+
+type Answer = Result<(HashSet<(SocketAddr, SocketAddr)>, TcpSockets), HostError>;
+
+/// Waits for the kernel's answer, for ever if nothing was asked.
+async fn answer(query: &mut Option<(HashSet<(SocketAddr, SocketAddr)>, SocketQuery)>) -> Answer {
+    let Some((_, question)) = query else { return std::future::pending().await };
+    let result = question.await;
+    let known = query.take().map(|(known, _)| known).unwrap_or_default();
+    result.map(|sockets| (known, sockets))
+}
+
+/// Saves flows when they have changed.
+struct Saver {
+    file: FlowFile,
+    fingerprint: u64,
+    last: Option<Instant>,
+    wanted: bool,
+    /// Least time between two saves.
+    interval: Duration,
+    /// The file being written; gives the time it took.
+    writing: Option<JoinHandle<io::Result<Duration>>>,
+}
+
+impl Saver {
+    fn new(file: FlowFile) -> Self {
+        Self { file, fingerprint: 0, last: None, wanted: false, interval: SAVE_LEAST, writing: None }
+    }
+
+    /// Gives the machine what an earlier run saved; says how many flows it took.
+    fn restore(&mut self, shim: &mut Shim) -> usize {
+        let records = match self.file.load() {
+            Ok(records) => records,
+            Err(error) => {
+                let path = self.file.path().display();
+                tracing::warn!(%path, %error, "the saved connections cannot be read, and are forgotten");
+                return 0;
+            }
+        };
+        self.wanted = !records.is_empty();
+        records.into_iter().filter(|record| shim.client_mut().restore(*record)).count()
+    }
+
+    /// When to save next.
+    fn due(&mut self, shim: &mut Shim) -> Option<Instant> {
+        self.wanted |= shim.take_flows_changed();
+        self.wanted.then(|| self.last.map_or_else(Instant::now, |last| last + self.interval))
+    }
+
+    async fn save(&mut self, shim: &Shim) {
+        (self.wanted, self.last) = (false, Some(Instant::now()));
+        let flows: Vec<FlowRecord> = shim.client().flows().collect();
+        let fingerprint = fingerprint(&flows);
+        if fingerprint == self.fingerprint {
+            return;
+        }
+        self.written().await;
+        self.fingerprint = fingerprint;
+        let file = self.file.clone();
+        self.writing = Some(tokio::task::spawn_blocking(move || {
+            let begun = Instant::now();
+            file.save(flows).map(|()| begun.elapsed())
+        }));
+    }
+
+    /// Waits for the file that is being written.
+    async fn written(&mut self) {
+        let Some(writing) = self.writing.take() else { return };
+        let result = writing.await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+        match result {
+            Ok(took) => self.interval = (took * SAVE_SHARE).clamp(SAVE_LEAST, SAVE_MOST),
+            Err(error) => {
+                let path = self.file.path().display();
+                tracing::warn!(%path, %error, "connections cannot be saved, and would not survive a restart");
+                (self.fingerprint, self.interval) = (0, SAVE_MOST);
+            }
+        }
+    }
+
+    async fn finish(&mut self, shim: &Shim) {
+        self.save(shim).await;
+        self.written().await;
+    }
+}
+
+/// The same for the same flows in whatever order; 0 for none.
+fn fingerprint(flows: &[FlowRecord]) -> u64 {
+    use std::hash::{Hash, Hasher};
+    flows.iter().fold(0, |sum, flow| {
+        let mut hasher = SipHasher13::new();
+        flow.hash(&mut hasher);
+        sum.wrapping_add(hasher.finish() | 1)
+    })
+}
