@@ -1,0 +1,101 @@
+//! The arguments of the command.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::demo;
+
+/// A stateless TCP load balancer by port redirection.
+///
+/// The port is the state: in the handshake a server names a port of its own, the client goes on there, and balancers
+/// forward on destination ports alone. They remember nothing, so any number of them share the traffic, and adding,
+/// draining or restarting anything breaks no redirected connection.
+#[derive(Debug, Parser)]
+#[command(name = "shunt", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Log more: -v for decisions of the handshake, -vv for everything. `RUST_LOG` overrides it.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Forward packets of shared addresses to servers, on destination ports alone.
+    Balancer(DaemonArgs),
+    /// Let this host's programs use redirection: transparently, or as a SOCKS5 proxy or port forward.
+    Client(ClientArgs),
+    /// Let this host's servers redirect clients to ports of their own.
+    Server(DaemonArgs),
+    /// Check configuration files of any role; say what is wrong and in which line.
+    Check(CheckArgs),
+    /// Show it at work: clients, a balancer and four servers in namespaces of this machine, real packets, real TCP.
+    Demo(demo::DemoOptions),
+    /// The demo's web server.
+    #[command(hide = true)]
+    DemoServer(demo::ServerArgs),
+    /// The demo's web client.
+    #[command(hide = true)]
+    DemoClient(demo::ClientArgs),
+}
+
+/// What every daemon is told.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DaemonArgs {
+    /// The configuration, TOML. Reloaded on SIGHUP; refused whole if wrong.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) config: PathBuf,
+
+    /// Write every packet that comes in and goes out to a pcapng file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) capture: Option<PathBuf>,
+
+    /// Remember here, for the next start, what was changed on the host.
+    #[arg(long, value_name = "DIR", default_value = shunt_host::DEFAULT_STATE_DIR)]
+    pub(crate) state_dir: PathBuf,
+}
+
+/// What the client is told.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ClientArgs {
+    #[command(flatten)]
+    pub(crate) daemon: DaemonArgs,
+
+    /// Forward a local port to a VIP and its port, in proxy mode; added to those of the file. Repeatable.
+    #[arg(long, value_name = "LISTEN=VIP:PORT")]
+    pub(crate) forward: Vec<shunt_client_shim::config::Forward>,
+
+    /// Offer SOCKS5 here, in proxy mode; instead of what the file says.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) socks5: Option<std::net::SocketAddr>,
+}
+
+/// What is to be checked.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CheckArgs {
+    /// Configuration files; each says its role.
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+}
+
+/// Logs to standard error, at a level that -v raises.
+pub(crate) fn log(verbose: u8) {
+    let level = match verbose {
+        0 => "info",
+        1 => "debug",
+        _ => "trace",
+    };
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},nlink=error")));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+}
