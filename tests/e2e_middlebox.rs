@@ -23,7 +23,7 @@ const NOISE: Duration = Duration::from_millis(25);
 const BUSY: Duration = Duration::from_millis(300);
 /// Connects told one by one; the middlebox that drops delays two of them.
 const FIRST: usize = 3;
-const LATER: usize = 9;
+const LATER: usize = 20;
 
 /// A middlebox that does `change` to TCP segments and lets everything else alone.
 fn middlebox(mut change: impl FnMut(&mut Packet) -> Verdict + Send + 'static) -> Filter {
@@ -94,7 +94,7 @@ fn measure(name: &str, filters: [Option<Filter>; 2]) -> ([Costs; 2], Counts) {
     access.set_filter(Direction::Forward, forward);
     access.set_filter(Direction::Backward, backward);
     let direct = net.in_both(|family| {
-        let runs = (0..5).map(|_| exchange(family, 0).expect("the path works without the shim").connect);
+        let runs = (0..15).map(|_| exchange(family, 0).expect("the path works without the shim").connect);
         quickest(runs)
     });
     net.start_shim("auto");

@@ -23,7 +23,7 @@ const BUSY: Duration = Duration::from_millis(300);
 /// Connects whose cost is told one by one.
 const FIRST: usize = 4;
 /// Connects after those.
-const LATER: usize = 9;
+const LATER: usize = 20;
 
 /// Drops what belongs to no connection and does not open one.
 const STRICT: &str = "chain strict { type filter hook forward priority 0; ct state invalid drop\n\
@@ -110,7 +110,7 @@ fn measure(net: &mut Net, path: &str) -> ([Costs; 2], Counts) {
     let service = Service::start(net, echo);
     let direct = net.in_both(|family| {
         let runs: Vec<Exchanged> =
-            (0..5).map(|_| exchange(family, 0).expect("the path works without the shim")).collect();
+            (0..15).map(|_| exchange(family, 0).expect("the path works without the shim")).collect();
         assert!(runs.iter().all(|one| !one.redirected()));
         Exchanged {
             connect: quickest(runs.iter().map(|one| one.connect)),

@@ -69,7 +69,8 @@ fn reconnect_goes_on_at_the_service_port() {
 fn handover_goes_on_at_the_service_port_without_another_syn() {
     let net = net();
     let server = Scripted::start(&net.server, true);
-    let _shim = net.start(&config("handover", ""));
+    // A probe is for silence, which a busy machine can keep for longer than the default waits.
+    let _shim = net.start(&config("handover", "\n[timers]\nprobe_ms = 10000\n"));
     for (i, vip) in VIPS.into_iter().enumerate() {
         assert_eq!(exchange(net.connect(vip, X), 200_000), pattern(200_000));
         assert_eq!(server.count("ask-handover"), i + 1);

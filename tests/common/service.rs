@@ -2,7 +2,7 @@
 //! library. Nothing here can wait for ever: every socket has a time-out.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use shunt_lab::{TcpSocket, TcpState};
+use socket2::{Domain, Socket, Type};
 
 use super::{Family, Net, OTHER, OTHER_SERVICE, wait_listening};
 
@@ -51,9 +52,8 @@ impl Service {
         let mut listeners = Vec::new();
         for server in &net.servers {
             for port in [OTHER, OTHER_SERVICE + server.number] {
-                let listener = server.host.enter(|| TcpListener::bind(("::", port)));
+                let listener = server.host.enter(|| listen(port));
                 let listener = listener.expect("the namespace is there").expect("the port is free");
-                listener.set_nonblocking(true).expect("a socket can be told");
                 prepare(&listener);
                 listeners.push((server.number, listener));
             }
@@ -102,6 +102,16 @@ impl Drop for Service {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Listens in both families, with room for every connection of a test: a queue that overflows loses some.
+fn listen(port: u16) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port).into())?;
+    socket.listen(4096)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
 }
 
 fn accept_all(
