@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use shunt_host::{DEFAULT_STATE_DIR, Host, HostError, nft_available};
-use shunt_stack::device::{Capture, Captured, Device, TunDevice};
+use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice};
 use shunt_stack::wire::{Offload, Packet, ParseError};
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -19,7 +19,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::config::{Config, ForwardMode};
 use crate::host::{Devices, ServerDevice, changes, device_name, main_mtu};
-use crate::{Balancer, DropReason, Output, SelectKey};
+use crate::{Balancer, DropReason, Memory, Output, SelectKey};
 
 /// How often counters are logged, at level debug.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -126,6 +126,7 @@ async fn serve<D: Device>(
 /// Reads, decides, writes.
 async fn carry<D: Device>(main: &D, mut receiver: watch::Receiver<Arc<Active<D>>>) -> io::Error {
     let mut active = Arc::clone(&receiver.borrow_and_update());
+    let (clock, mut memory) = (Clock::start(), Memory::new(&active.balancer));
     let mut buffer = BytesMut::new();
     loop {
         let offload = match main.recv(&mut buffer).await {
@@ -133,18 +134,27 @@ async fn carry<D: Device>(main: &D, mut receiver: watch::Receiver<Arc<Active<D>>
             Err(error) => return error,
         };
         if receiver.has_changed().unwrap_or(false) {
-            active = Arc::clone(&receiver.borrow_and_update());
+            let next = Arc::clone(&receiver.borrow_and_update());
+            memory.follow(&active.balancer, &next.balancer);
+            active = next;
         }
-        buffer = active.forward(main, buffer, offload).await;
+        buffer = active.forward(main, buffer, offload, &mut memory, clock).await;
     }
 }
 
 impl<D: Device> Active<D> {
     /// Forwards one packet; gives the buffer back.
-    async fn forward(&self, main: &D, buffer: BytesMut, offload: Offload) -> BytesMut {
+    async fn forward(
+        &self,
+        main: &D,
+        buffer: BytesMut,
+        offload: Offload,
+        memory: &mut Memory,
+        clock: Clock,
+    ) -> BytesMut {
         let (packet, result) = match Packet::parse(buffer, offload) {
             Ok(mut packet) => {
-                let result = self.balancer.process(&mut packet);
+                let result = self.balancer.handle(memory, clock.now(), &mut packet);
                 (packet, result)
             }
             Err(rejected) => match self.unreadable(rejected.buffer, rejected.error) {

@@ -8,6 +8,7 @@ use shunt_stack::wire::Packet;
 
 use crate::Balancer;
 use crate::config::ForwardMode;
+use crate::icmp::echo_reply;
 use crate::route::{DropReason, Route};
 use crate::table::ServerId;
 
@@ -58,6 +59,11 @@ impl Balancer {
                 // A router's error keeps the router's address, the server's own must not show the server.
                 if packet.source() == quoted.destination {
                     packet.set_source(vip);
+                }
+            }
+            Route::Answer => {
+                if let Some(reply) = echo_reply(packet) {
+                    *packet = reply;
                 }
             }
             Route::Unchanged => {}

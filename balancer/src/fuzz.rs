@@ -6,9 +6,10 @@ use std::sync::LazyLock;
 use bytes::BytesMut;
 use shunt_host::Source;
 use shunt_stack::fuzz::{Snapshot, any_packet};
+use shunt_stack::time::Instant;
 use shunt_stack::wire::{Offload, Packet};
 
-use crate::{Balancer, Config, SelectKey};
+use crate::{Balancer, Config, Memory, Route, SelectKey};
 
 const NETWORK: &str = r#"role = "balancer"
 vips = ["203.0.113.10", "203.0.113.11", "2001:db8::a", "2001:db8::b"]
@@ -17,6 +18,7 @@ default_server = "web-2"
 [[service]]
 name = "web"
 redirect_port = 443
+protocols = ["tcp", "udp"]
 policy = "random"
 
 [[server]]
@@ -35,6 +37,17 @@ name = "web-3"
 address = ["10.0.0.13", "fd00::13"]
 state = "drain"
 ports = { web = 41003 }
+
+[[protocol]]
+number = 47
+to = "balance"
+
+[icmp]
+echo = "answer"
+v4 = { 13 = "balance" }
+
+[limits]
+fragments = 3
 "#;
 
 static BALANCERS: LazyLock<Vec<Balancer>> = LazyLock::new(|| {
@@ -55,13 +68,14 @@ static BALANCERS: LazyLock<Vec<Balancer>> = LazyLock::new(|| {
 /// cannot be read (`B4`).
 ///
 /// # Panics
-/// If the same packet is routed in two ways (`B6`), a right checksum becomes wrong, the packet grows, or one that is
-/// dropped or carried in `direct` mode is changed.
+/// If the same packet is routed in two ways (`B6`), also after fragments (§9), a right checksum becomes wrong, the packet
+/// grows, one that is dropped or carried in `direct` mode is changed, or more is remembered than allowed.
 pub fn route(data: &[u8]) {
     let packet = any_packet(data);
     for (index, balancer) in BALANCERS.iter().enumerate() {
         if let Some(packet) = &packet {
             routed(balancer, packet, index == 1);
+            in_fragments(balancer, packet, data);
         }
         unreadable(balancer, data);
     }
@@ -73,12 +87,73 @@ fn routed(balancer: &Balancer, original: &Packet, direct: bool) {
     let snapshot = Snapshot::of(original);
     let mut packet = original.clone();
     let output = balancer.process(&mut packet);
-    snapshot.check(&packet, 0);
+    check(&snapshot, &packet, route == Ok(Route::Answer));
     assert!(route.is_ok() || output.is_err());
-    if direct || output.is_err() {
+    if output.is_err() || direct && route != Ok(Route::Answer) {
         assert_eq!(&packet, original);
     }
     assert_eq!(packet.ports(), original.ports(), "ports are never translated");
+}
+
+/// What was passed on is as right as it was; an answer is right.
+fn check(snapshot: &Snapshot, packet: &Packet, answer: bool) {
+    if answer {
+        assert!(packet.checksum_ok() && packet.len() <= snapshot.before().len());
+        assert_eq!(packet.source(), snapshot.before().destination());
+    } else {
+        snapshot.check(packet, 0);
+    }
+}
+
+/// The packet cut into fragments at places that the bytes choose, handled in an order that they choose, then the packet
+/// itself again.
+fn in_fragments(balancer: &Balancer, original: &Packet, data: &[u8]) {
+    let mut memory = Memory::new(balancer);
+    let alone = balancer.route(original);
+    let Some((&first, rest)) = data.split_last() else { return };
+    let size = usize::from(first % 16 + 1) * 8;
+    let parts = fragments(original, size);
+    for (step, choice) in rest.iter().rev().take(16).enumerate() {
+        let now = Instant::from_millis(step as u64 * u64::from(choice % 4) * 1000);
+        let Some(part) = parts.get(usize::from(choice >> 2) % parts.len().max(1)) else { return };
+        let mut packet = part.clone();
+        let snapshot = Snapshot::of(&packet);
+        let result = balancer.handle(&mut memory, now, &mut packet);
+        check(&snapshot, &packet, result.is_ok() && balancer.route(part) == Ok(Route::Answer));
+        if result.is_err() {
+            assert_eq!(&packet, part, "dropped and changed");
+        }
+        assert!(memory.fragments() <= 3, "{} datagrams remembered", memory.fragments());
+    }
+    assert_eq!(balancer.route(original), alone, "B6: fragments changed a decision");
+}
+
+/// The fragments of a packet without any of its own, as IPv4 and IPv6 routers and hosts make them.
+fn fragments(packet: &Packet, size: usize) -> Vec<Packet> {
+    let (header, data) = packet.bytes().split_at(packet.transport_offset());
+    if packet.fragment().is_some() || packet.offload() != Offload::default() || header.len() > 60 {
+        return Vec::new();
+    }
+    let count = data.len().div_ceil(size);
+    let part = |(index, data): (usize, &[u8])| {
+        let (offset, more) = (index * size, index + 1 < count);
+        let mut bytes = header.to_vec();
+        if packet.source().is_ipv4() {
+            let total = (header.len() + data.len()) as u16;
+            bytes[2..4].copy_from_slice(&total.to_be_bytes());
+            bytes[6..8].copy_from_slice(&((offset / 8) as u16 | u16::from(more) << 13).to_be_bytes());
+        } else {
+            // In front of what followed the fixed header.
+            let next = std::mem::replace(&mut bytes[6], 44);
+            let length = (header.len() - 40 + 8 + data.len()) as u16;
+            bytes[4..6].copy_from_slice(&length.to_be_bytes());
+            let field = (offset as u16 | u16::from(more)).to_be_bytes();
+            bytes.splice(40..40, [next, 0, field[0], field[1], 0, 0, 0, 7]);
+        }
+        bytes.extend_from_slice(data);
+        Packet::from_slice(&bytes).ok()
+    };
+    data.chunks(size).enumerate().filter_map(part).collect()
 }
 
 fn unreadable(balancer: &Balancer, data: &[u8]) {

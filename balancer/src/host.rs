@@ -8,15 +8,19 @@
 //! | `iif` any device of ours | local, main, then a blackhole | what we write never comes back |
 //! | `to` VIP | our device; behind it a blackhole for when it is gone | towards servers |
 //! | `from` server, service and redirect ports | our device | answers, `network` mode |
-//! | our mark | our device | ICMP errors that quote a server, `network` mode |
+//! | `from` server, a protocol without ports | our device | the same of such a protocol |
+//! | our mark | our device | ICMP errors that quote a server, fragments from servers, echo replies, `network` mode |
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use shunt_host::change::{LOCAL, Link, MAIN, Route, Rule, Sysctl};
-use shunt_host::{Change, Divert, Family, HostError, PortRange, Prefix, QuotedMatch, SegmentMatch, query};
+use shunt_host::{
+    Change, Divert, Family, HostError, PacketKind, PacketMatch, PortRange, Prefix, QuotedMatch, SegmentMatch,
+    Transport, query,
+};
 
-use crate::config::{Config, ForwardMode};
+use crate::config::{Config, ForwardMode, WayBack};
 
 /// MTU of a device that shall not be what limits packets.
 const LARGEST_MTU: u32 = 65_535;
@@ -137,10 +141,23 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
     }
     let back = tables + table::BACK;
     wanted.push(Route::device(back, Prefix::all(family), &devices.main).into());
-    let answers: BTreeSet<(IpAddr, u16)> =
-        config.ways_back().into_iter().map(|way| (way.address, way.port)).collect();
-    for (address, port) in answers.into_iter().filter(|(address, _)| Family::of(*address) == family) {
-        wanted.push(Rule::new(family, first + 5, back).from(address).source_port(port).into());
+    let known = |way: &WayBack| match way.protocol {
+        // Marks tell: by a rule, answers to this host and neighbour discovery would be diverted as well.
+        1 | 58 => None,
+        // Fragments have no ports to tell by: without marks all has to come.
+        17 if !nft => Some((way.address, 17, None)),
+        6 | 17 => Some((way.address, way.protocol, Some(way.port))),
+        other => Some((way.address, other, None)),
+    };
+    let answers: BTreeSet<(IpAddr, u8, Option<u16>)> = config.ways_back().iter().filter_map(known).collect();
+    for (address, protocol, port) in
+        answers.into_iter().filter(|(address, ..)| Family::of(*address) == family)
+    {
+        let mut rule = Rule::new(family, first + 5, back).from(address).protocol(protocol);
+        if let Some(port) = port {
+            rule = rule.source_port(port).protocol(protocol);
+        }
+        wanted.push(rule.into());
     }
     if nft {
         let host = &config.host;
@@ -148,7 +165,7 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
     }
 }
 
-/// ICMP errors about segments to servers, and no connection tracking for what passes here.
+/// ICMP errors about packets to servers, what of their answers has no ports to tell by, and no connection tracking for what passes here.
 fn divert(config: &Config, devices: &Devices) -> Divert {
     let ways = config.ways_back();
     let unique = |addresses: &mut dyn Iterator<Item = IpAddr>| -> Vec<Prefix> {
@@ -156,35 +173,43 @@ fn divert(config: &Config, devices: &Devices) -> Divert {
     };
     let servers: BTreeSet<IpAddr> = ways.iter().map(|way| way.address).collect();
     let shared = unique(&mut config.vips.iter().copied());
-    let mut untracked = vec![
-        SegmentMatch { destination: shared.clone(), ..SegmentMatch::default() },
-        SegmentMatch { source: shared, ..SegmentMatch::default() },
-    ];
-    for &address in &servers {
-        let own = ways.iter().filter(|way| way.address == address);
-        let ports = PortRange::merged(own.map(|way| PortRange::from(way.port)));
-        let server = vec![Prefix::host(address)];
-        untracked.push(SegmentMatch {
-            source: server.clone(),
-            source_ports: ports.clone(),
-            ..SegmentMatch::default()
-        });
-        untracked.push(SegmentMatch {
-            destination: server,
-            destination_ports: ports,
-            ..SegmentMatch::default()
-        });
+    let mut untracked = Vec::new();
+    for transport in [Transport::Tcp, Transport::Udp] {
+        let of = SegmentMatch { transport, ..SegmentMatch::default() };
+        if config.services.iter().any(|service| service.protocols.contains(&transport)) {
+            untracked.push(SegmentMatch { destination: shared.clone(), ..of.clone() });
+            untracked.push(SegmentMatch { source: shared.clone(), ..of.clone() });
+        }
+        for &address in &servers {
+            let own = ways.iter().filter(|way| way.address == address && way.protocol == transport.number());
+            let ports = PortRange::merged(own.map(|way| PortRange::from(way.port)));
+            if ports.is_empty() {
+                continue;
+            }
+            let server = vec![Prefix::host(address)];
+            untracked.push(SegmentMatch {
+                source: server.clone(),
+                source_ports: ports.clone(),
+                ..of.clone()
+            });
+            untracked.push(SegmentMatch { destination: server, destination_ports: ports, ..of.clone() });
+        }
     }
-    let icmp = if servers.is_empty() {
-        Vec::new()
-    } else {
-        vec![QuotedMatch { destination: servers.into_iter().collect(), ..QuotedMatch::default() }]
-    };
+    let (mut icmp, mut packets) = (Vec::new(), Vec::new());
+    if !servers.is_empty() {
+        let answering = ways.iter().filter(|way| matches!(way.protocol, 1 | 58)).map(|way| way.address);
+        let answering: BTreeSet<IpAddr> = answering.collect();
+        let servers: Vec<IpAddr> = servers.into_iter().collect();
+        packets.push(PacketMatch { kind: PacketKind::Fragment, source: servers.clone() });
+        packets.push(PacketMatch { kind: PacketKind::IcmpAnswer, source: answering.into_iter().collect() });
+        icmp.push(QuotedMatch { destination: servers, udp: true, ..QuotedMatch::default() });
+    }
     Divert {
         mark: config.host.mark,
         mask: config.host.mark_mask,
         except_interface: Some(devices.main.clone()),
         icmp,
+        packets,
         untracked_incoming: untracked,
         ..Divert::default()
     }

@@ -1,17 +1,22 @@
 //! Stateless forwarding on destination ports (PROTOCOL.md §3, `B1` to `B7`).
 //!
 //! [`table`] is what a [`Config`] means for packets, [`route`] decides, [`forward`] rewrites, [`stats`] counts,
-//! [`driver`] carries packets between the host and these. No connection is remembered anywhere.
+//! [`driver`] carries packets between the host and these. No connection is remembered anywhere; [`fragments`] is the only
+//! memory.
 //!
 //! In `network` mode answers have to come back through this host, and only those from service ports and redirect
-//! ports get the VIP as source again: on other ports a default server is of use in `direct` mode only.
+//! ports, and of protocols without ports that go to servers by configuration, get the VIP as source again: for all
+//! else a default server is of use in `direct` mode only.
 
 pub mod config;
+mod datagram;
 pub mod driver;
 pub mod forward;
+pub mod fragments;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
 mod host;
+mod icmp;
 pub mod maglev;
 pub mod route;
 pub mod select;
@@ -28,6 +33,7 @@ use shunt_stack::wire::Packet;
 pub use config::Config;
 pub use driver::{Error, RunOptions, run};
 pub use forward::Output;
+pub use fragments::Memory;
 pub use route::{Decision, DropReason, Route};
 pub use select::SelectKey;
 pub use stats::{ServerSnapshot, Snapshot, Stats};
@@ -67,7 +73,8 @@ impl Balancer {
         }
     }
 
-    /// Routes, counts and rewrites one packet; says where it leaves.
+    /// Routes, counts and rewrites one packet without a memory: later fragments are unknown, answers are not limited
+    /// (drivers use [`handle`](Self::handle)). Says where it leaves.
     ///
     /// # Errors
     /// Why it is dropped; it has been counted.

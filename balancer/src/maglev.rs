@@ -99,6 +99,27 @@ pub fn hash_client(client: SocketAddr) -> u64 {
     hasher.finish()
 }
 
+/// The hash of a flow of datagrams, by both ends: the same on every balancer.
+pub fn hash_flow(client: SocketAddr, service: SocketAddr) -> u64 {
+    let mut hasher = SipHasher24::new_with_keys(0x0066_6c6f_7773, 0);
+    for end in [client, service] {
+        write_address(&mut hasher, end.ip());
+        hasher.write(&end.port().to_be_bytes());
+    }
+    hasher.finish()
+}
+
+/// The hash of packets without ports, by both addresses, the protocol and, of an ICMP echo, its identifier: the same
+/// on every balancer.
+pub fn hash_portless(client: IpAddr, vip: IpAddr, protocol: u8, identifier: u16) -> u64 {
+    let mut hasher = SipHasher24::new_with_keys(0x706f_7274_6c65, 0x7373);
+    write_address(&mut hasher, client);
+    write_address(&mut hasher, vip);
+    hasher.write(&[protocol]);
+    hasher.write(&identifier.to_be_bytes());
+    hasher.finish()
+}
+
 /// The hash of a client's address: the same on every balancer.
 pub fn hash_address(client: IpAddr) -> u64 {
     let mut hasher = SipHasher24::new_with_keys(0x736f_7572_6365, 0);

@@ -1,15 +1,17 @@
-//! Deciding where a packet goes (`B1`-`B6`, `I1`): a function of the packet and the table, nothing is remembered.
+//! Deciding where a packet goes (`B1`-`B6`): a function of the packet and the table, nothing is remembered. What TCP has no
+//! part in is in `datagram` and `icmp`, fragments in [`fragments`](crate::fragments).
 //!
-//! (`round-robin` counts its turns; it decides about SYNs only, which `B6` leaves free.)
+//! (`round-robin` counts its turns; it decides about SYNs only, which `B6` leaves free, and about datagrams, one by one.)
 
 use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
-use shunt_stack::wire::{IcmpView, Packet, ParseError, Protocol, TcpView};
+use shunt_stack::wire::{Packet, ParseError, Protocol, TcpView};
 use thiserror::Error;
 
 use crate::Balancer;
-use crate::config::{ForwardMode, Legacy};
+use crate::config::{ForwardMode, Legacy, Transport};
+use crate::icmp::is_answer;
 use crate::maglev::hash_client;
 use crate::select::Request;
 use crate::table::{ServerId, Set, Vip};
@@ -38,6 +40,8 @@ pub enum Route {
         /// The server that the segment was for.
         server: ServerId,
     },
+    /// An echo request, answered by the balancer itself (`I4`).
+    Answer,
     /// Neither for a VIP nor an answer of one: passes as it is (`B5`).
     Unchanged,
 }
@@ -53,9 +57,17 @@ pub enum Decision {
     LegacyHash,
     /// `B3`: a plain segment on a redirect port, to the legacy server.
     LegacyServer,
-    /// `I1`: an ICMP error that quotes a segment from a service port.
+    /// §6: a datagram to a redirect port, by policy.
+    Datagram,
+    /// §9: a later fragment, after its first.
+    Fragment,
+    /// `I4`, O12: a packet without ports, by hash.
+    Balanced,
+    /// `I4`, O12: a packet without ports, to the server that the configuration names.
+    Named,
+    /// `I1`: an ICMP error that quotes a packet from a service port.
     ErrorOwner,
-    /// `I1`: an ICMP error that quotes a segment from a redirect port, by hash.
+    /// `I1`: an ICMP error that quotes a packet from a redirect port, by hash.
     ErrorHash,
     /// `I1`: the same, to the legacy server.
     ErrorLegacyServer,
@@ -79,12 +91,18 @@ pub enum DropReason {
     /// `B4`: the port is neither a service port nor a redirect port.
     #[error("port {0} stands for nothing")]
     UnknownPort(u16),
-    /// `B4`: not TCP.
+    /// `B4`: a protocol that the configuration says nothing of.
     #[error("protocol {0}")]
     Protocol(u8),
-    /// `B4`: a fragment without ports.
+    /// O12, `I4`: a packet without ports that the configuration refuses.
+    #[error("protocol {0} is refused")]
+    Refused(u8),
+    /// `B4`: a fragment without ports whose first fragment has not passed.
     #[error("fragment {0} without ports")]
     LaterFragment(u32),
+    /// A later fragment that reaches into its first, where the ports are (RFC 5722).
+    #[error("fragment {0} overlaps its first")]
+    OverlappingFragment(u32),
     /// `B4`: an ICMP message that is no error.
     #[error("ICMP type {message_type} code {code}")]
     Icmp {
@@ -93,7 +111,7 @@ pub enum DropReason {
         /// Its code.
         code: u8,
     },
-    /// `B4`: an ICMP error that quotes no TCP ports, or a packet that did not come from the VIP.
+    /// `B4`: an ICMP error that quotes no ports, or a packet that did not come from the VIP.
     #[error("ICMP type {message_type} code {code} about no segment of ours")]
     IcmpQuote {
         /// Its type.
@@ -104,6 +122,15 @@ pub enum DropReason {
     /// `B7`: no server of the redirect port takes new connections.
     #[error("no server is up for redirect port {0}")]
     NoServer(u16),
+    /// `B7`: no server takes new packets of this protocol, which has no ports.
+    #[error("no server is up for protocol {0}")]
+    NoPortlessServer(u8),
+    /// `I4`: an echo request that must not be answered: a fragment, broken, or from no host.
+    #[error("this echo request must not be answered")]
+    Unanswerable,
+    /// `I4`: enough was answered in this second.
+    #[error("answers are limited")]
+    AnswerLimit,
     /// `B3`: `legacy = "drop"`.
     #[error("plain segment to redirect port {0}")]
     Legacy(u16),
@@ -115,7 +142,10 @@ pub enum DropReason {
 impl DropReason {
     /// Whether the default server gets it, if there is one (`B4`).
     fn falls_back(self) -> bool {
-        !matches!(self, DropReason::Legacy(_) | DropReason::Family(_))
+        !matches!(
+            self,
+            DropReason::Legacy(_) | DropReason::Family(_) | DropReason::Refused(_) | DropReason::Unanswerable
+        )
     }
 }
 
@@ -127,12 +157,17 @@ pub(crate) enum Way {
     Owner,
     LegacyHash,
     LegacyServer,
+    Datagram,
+    Fragment,
+    Balanced,
+    Named,
     ErrorOwner,
     ErrorHash,
     ErrorLegacyServer,
     DefaultServer,
     ToClient,
     ErrorToClient,
+    Answer,
     Unchanged,
 }
 
@@ -144,6 +179,10 @@ impl Route {
                 Decision::Owner => Way::Owner,
                 Decision::LegacyHash => Way::LegacyHash,
                 Decision::LegacyServer => Way::LegacyServer,
+                Decision::Datagram => Way::Datagram,
+                Decision::Fragment => Way::Fragment,
+                Decision::Balanced => Way::Balanced,
+                Decision::Named => Way::Named,
                 Decision::ErrorOwner => Way::ErrorOwner,
                 Decision::ErrorHash => Way::ErrorHash,
                 Decision::ErrorLegacyServer => Way::ErrorLegacyServer,
@@ -151,6 +190,7 @@ impl Route {
             },
             Route::ToClient { .. } => Way::ToClient,
             Route::ErrorToClient { .. } => Way::ErrorToClient,
+            Route::Answer => Way::Answer,
             Route::Unchanged => Way::Unchanged,
         }
     }
@@ -166,8 +206,7 @@ impl Balancer {
         let Some(vip) = table.vip(packet.destination()) else {
             return Ok(self.way_back(packet).unwrap_or(Route::Unchanged));
         };
-        let (server, decision) = self.inbound(vip, packet).or_else(|reason| default_server(vip, reason))?;
-        Ok(Route::ToServer { server, decision })
+        self.inbound(vip, packet).or_else(|reason| default_server(vip, reason))
     }
 
     /// Decides about a packet whose headers above IP cannot be read (`B4`): `packet` was taken as opaque.
@@ -176,39 +215,51 @@ impl Balancer {
     /// `error`, if it is for a VIP without a default server.
     pub fn route_unreadable(&self, packet: &Packet, error: ParseError) -> Result<Route, DropReason> {
         let Some(vip) = self.table.vip(packet.destination()) else { return Ok(Route::Unchanged) };
-        let (server, decision) = default_server(vip, DropReason::Parse(error))?;
-        Ok(Route::ToServer { server, decision })
+        default_server(vip, DropReason::Parse(error))
     }
 
-    /// `B1` to `B3`, in order; an error falls to `B4`.
-    fn inbound(&self, vip: &Vip, packet: &Packet) -> Result<(ServerId, Decision), DropReason> {
-        if let Some(icmp) = packet.icmp() {
-            return self.icmp(vip, icmp);
-        }
-        let Some(tcp) = packet.tcp() else {
-            return Err(match packet.fragment() {
-                Some(fragment) if fragment.offset != 0 => DropReason::LaterFragment(fragment.identification),
-                _ => DropReason::Protocol(packet.protocol().number()),
-            });
+    /// `B1` to `B3` and their like for other protocols; an error falls to `B4`.
+    fn inbound(&self, vip: &Vip, packet: &Packet) -> Result<Route, DropReason> {
+        let found = match (packet.protocol(), packet.fragment()) {
+            (Protocol::Other(number), _) => self.portless(vip, packet, number),
+            (_, Some(fragment)) if fragment.offset != 0 => {
+                Err(DropReason::LaterFragment(fragment.identification))
+            }
+            _ => {
+                if let Some(icmp) = packet.icmp() {
+                    return self.icmp(vip, packet, icmp);
+                }
+                match packet.tcp() {
+                    Some(tcp) => self.segment(vip, packet.source(), tcp),
+                    None => self.datagram(vip, packet),
+                }
+            }
         };
+        found.map(|(server, decision)| Route::ToServer { server, decision })
+    }
+
+    /// `B1` to `B3`, in order.
+    fn segment(
+        &self,
+        vip: &Vip,
+        source: IpAddr,
+        tcp: TcpView<'_>,
+    ) -> Result<(ServerId, Decision), DropReason> {
         let port = tcp.destination_port();
-        let set = self.table.set(vip, port);
+        let set = self.table.set(vip, Transport::Tcp, port);
+        let client = SocketAddr::new(source, tcp.source_port());
         if let Some(set) = set
             && self.asks_for_redirect(tcp)
         {
             let select = set.select.as_ref().ok_or(DropReason::NoServer(port))?;
-            let request = Request {
-                client: SocketAddr::new(packet.source(), tcp.source_port()),
-                service: SocketAddr::new(vip.address, port),
-                isn: tcp.seq(),
-            };
+            let service = SocketAddr::new(vip.address, port);
+            let request = Request { client, service, isn: Some(tcp.seq()) };
             return Ok((select.select(&request), Decision::Selected));
         }
-        if let Some(owner) = vip.owner(port) {
+        if let Some(owner) = vip.owner(Transport::Tcp, port) {
             return Ok((owner, Decision::Owner));
         }
         let set = set.ok_or(DropReason::UnknownPort(port))?;
-        let client = SocketAddr::new(packet.source(), tcp.source_port());
         let (server, hashed) = self.legacy(vip, set, client, port)?;
         Ok((server, if hashed { Decision::LegacyHash } else { Decision::LegacyServer }))
     }
@@ -219,7 +270,7 @@ impl Balancer {
     }
 
     /// `B3`: the server of a plain client, and whether the hash chose it.
-    fn legacy(
+    pub(crate) fn legacy(
         &self,
         vip: &Vip,
         set: &Set,
@@ -238,49 +289,30 @@ impl Balancer {
         }
     }
 
-    /// `I1`: an error goes where the segments that answer the quoted one go.
-    fn icmp(&self, vip: &Vip, icmp: IcmpView<'_>) -> Result<(ServerId, Decision), DropReason> {
-        let (message_type, code) = (icmp.message_type(), icmp.code());
-        if !icmp.is_error() {
-            return Err(DropReason::Icmp { message_type, code });
-        }
-        let quoted = icmp
-            .quoted()
-            .filter(|quoted| quoted.source == vip.address && quoted.protocol == Protocol::Tcp)
-            .ok_or(DropReason::IcmpQuote { message_type, code })?;
-        let port = quoted.source_port;
-        if let Some(owner) = vip.owner(port) {
-            return Ok((owner, Decision::ErrorOwner));
-        }
-        let set = self.table.set(vip, port).ok_or(DropReason::UnknownPort(port))?;
-        let client = SocketAddr::new(quoted.destination, quoted.destination_port);
-        let (server, hashed) = self.legacy(vip, set, client, port)?;
-        Ok((server, if hashed { Decision::ErrorHash } else { Decision::ErrorLegacyServer }))
-    }
-
     /// `B5` and `I5` where addresses are rewritten: whose answer this is.
     fn way_back(&self, packet: &Packet) -> Option<Route> {
         if self.table.forward != ForwardMode::Network {
             return None;
         }
-        if let Some(tcp) = packet.tcp() {
-            let back = self.table.back(packet.source(), tcp.source_port())?;
-            return Some(Route::ToClient { vip: back.vip, server: back.server });
-        }
-        let quoted = packet.icmp()?.quoted()?;
-        // The client sent it and is told of it.
-        if quoted.protocol != Protocol::Tcp || quoted.source != packet.destination() {
-            return None;
-        }
-        let back = self.table.back(quoted.destination, quoted.destination_port)?;
-        Some(Route::ErrorToClient { vip: back.vip, server: back.server })
+        let protocol = packet.protocol();
+        let port = match (packet.ports(), packet.icmp()) {
+            (Some((source, _)), _) => source,
+            (None, Some(icmp)) if icmp.is_error() => return self.error_back(packet, icmp),
+            (None, Some(icmp)) if is_answer(icmp) => 0,
+            (None, None) if matches!(protocol, Protocol::Other(_)) => 0,
+            _ => return None,
+        };
+        let back = self.table.back(packet.source(), protocol.number(), port)?;
+        Some(Route::ToClient { vip: back.vip, server: back.server })
     }
 }
 
 /// `B4`.
-fn default_server(vip: &Vip, reason: DropReason) -> Result<(ServerId, Decision), DropReason> {
+fn default_server(vip: &Vip, reason: DropReason) -> Result<Route, DropReason> {
     match vip.default_server() {
-        Some(server) if reason.falls_back() => Ok((server, Decision::Default(reason))),
+        Some(server) if reason.falls_back() => {
+            Ok(Route::ToServer { server, decision: Decision::Default(reason) })
+        }
         _ => Err(reason),
     }
 }

@@ -15,15 +15,15 @@ use crate::config::PolicyName;
 use crate::maglev::{Maglev, Member, hash_address, write_address};
 use crate::table::ServerId;
 
-/// What is known of a connection when its server is chosen.
+/// What is known of a connection, or of a datagram, when its server is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
     /// The client's address and port.
     pub client: SocketAddr,
     /// The VIP and the redirect port.
     pub service: SocketAddr,
-    /// The SYN's sequence number.
-    pub isn: SeqNumber,
+    /// The SYN's sequence number; a datagram has none, and is chosen for on its own (§6).
+    pub isn: Option<SeqNumber>,
 }
 
 /// A way to choose. Choosing again for a repeated SYN should choose the same server; where it does not, the client
@@ -64,7 +64,9 @@ pub(crate) fn policy(
     key: SelectKey,
 ) -> Option<Box<dyn Select>> {
     Some(match name {
-        PolicyName::Random => Box::new(Random { shares: Shares::new(members)?, key }),
+        PolicyName::Random => {
+            Box::new(Random { shares: Shares::new(members)?, key, datagrams: AtomicU64::default() })
+        }
         PolicyName::RoundRobin => Box::new(RoundRobin::new(members)?),
         PolicyName::Source => Box::new(Source { table: Arc::clone(maglev) }),
     })
@@ -100,11 +102,13 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// By a keyed hash over addresses, ports and ISN, so that a repeated SYN meets the same server.
+/// By a keyed hash over addresses, ports and ISN, so that a repeated SYN meets the same server; datagrams are numbered
+/// instead.
 #[derive(Debug)]
 struct Random {
     shares: Shares,
     key: SelectKey,
+    datagrams: AtomicU64,
 }
 
 impl Select for Random {
@@ -114,7 +118,10 @@ impl Select for Random {
         write_address(&mut hasher, request.service.ip());
         hasher.write(&request.client.port().to_be_bytes());
         hasher.write(&request.service.port().to_be_bytes());
-        hasher.write(&request.isn.0.to_be_bytes());
+        match request.isn {
+            Some(isn) => hasher.write(&isn.0.to_be_bytes()),
+            None => hasher.write(&self.datagrams.fetch_add(1, Ordering::Relaxed).to_be_bytes()),
+        }
         let scaled = (u128::from(hasher.finish()) * u128::from(self.shares.total)) >> 64;
         self.shares.at(scaled as u64)
     }
@@ -182,7 +189,7 @@ mod tests {
         Request {
             client: (client, 40_000).into(),
             service: "203.0.113.10:443".parse().unwrap(),
-            isn: SeqNumber(n.wrapping_mul(2_654_435_761)),
+            isn: Some(SeqNumber(n.wrapping_mul(2_654_435_761))),
         }
     }
 
@@ -230,9 +237,17 @@ mod tests {
         let policy = build(PolicyName::Random, &[1; 8]);
         let repeated = (0..100).all(|n| policy.select(&request(n)) == policy.select(&request(n)));
         assert!(repeated);
-        let other = |n| Request { isn: SeqNumber(n), ..request(1) };
+        let other = |n| Request { isn: Some(SeqNumber(n)), ..request(1) };
         let first = policy.select(&other(0));
         assert!((1..100).any(|n| policy.select(&other(n)) != first));
+    }
+
+    #[test]
+    fn o12_random_chooses_for_each_datagram_anew_and_keeps_to_the_weights() {
+        let policy = build(PolicyName::Random, &[1, 3]);
+        let datagram = Request { isn: None, ..request(1) };
+        let of_heavy = (0..4000).filter(|_| policy.select(&datagram).index() == 1).count();
+        assert!((2800..3200).contains(&of_heavy), "{of_heavy}");
     }
 
     #[test]
@@ -241,7 +256,7 @@ mod tests {
         for n in 0..100 {
             let mut other = request(n);
             other.client.set_port(1);
-            other.isn = SeqNumber(0);
+            other.isn = None;
             assert_eq!(policy.select(&request(n)), policy.select(&other));
         }
     }

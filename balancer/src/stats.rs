@@ -6,26 +6,31 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
-use shunt_stack::wire::{Packet, TcpFlags};
+use shunt_stack::wire::{Packet, ParseError, TcpFlags};
 
 use crate::Balancer;
 use crate::route::{Decision, DropReason, Route, Way};
 
-const WAYS: [(Way, &str); 11] = [
+const WAYS: [(Way, &str); 16] = [
     (Way::Selected, "selected"),
     (Way::Owner, "owner"),
     (Way::LegacyHash, "legacy_hash"),
     (Way::LegacyServer, "legacy_server"),
+    (Way::Datagram, "datagram"),
+    (Way::Fragment, "fragment"),
+    (Way::Balanced, "balanced"),
+    (Way::Named, "named"),
     (Way::ErrorOwner, "error_owner"),
     (Way::ErrorHash, "error_hash"),
     (Way::ErrorLegacyServer, "error_legacy_server"),
     (Way::DefaultServer, "default_server"),
     (Way::ToClient, "to_client"),
     (Way::ErrorToClient, "error_to_client"),
+    (Way::Answer, "answer"),
     (Way::Unchanged, "unchanged"),
 ];
 
-const REASONS: [&str; 9] = [
+const REASONS: [&str; 15] = [
     "unreadable",
     "unknown_port",
     "protocol",
@@ -35,19 +40,31 @@ const REASONS: [&str; 9] = [
     "no_server",
     "legacy",
     "family",
+    "tiny_fragment",
+    "fragment_range",
+    "overlapping_fragment",
+    "refused",
+    "unanswerable",
+    "answer_limit",
 ];
 
 fn reason_index(reason: DropReason) -> usize {
     match reason {
+        DropReason::Parse(ParseError::TinyFragment(_)) => 9,
+        DropReason::Parse(ParseError::FragmentRange(_)) => 10,
         DropReason::Parse(_) => 0,
         DropReason::UnknownPort(_) => 1,
         DropReason::Protocol(_) => 2,
         DropReason::LaterFragment(_) => 3,
         DropReason::Icmp { .. } => 4,
         DropReason::IcmpQuote { .. } => 5,
-        DropReason::NoServer(_) => 6,
+        DropReason::NoServer(_) | DropReason::NoPortlessServer(_) => 6,
         DropReason::Legacy(_) => 7,
         DropReason::Family(_) => 8,
+        DropReason::OverlappingFragment(_) => 11,
+        DropReason::Refused(_) => 12,
+        DropReason::Unanswerable => 13,
+        DropReason::AnswerLimit => 14,
     }
 }
 
@@ -73,6 +90,9 @@ pub struct Stats {
     /// By the reason for which they would have been dropped.
     defaulted: [Counter; REASONS.len()],
     malformed_options: Counter,
+    /// As last seen.
+    fragments: AtomicU64,
+    fragments_evicted: Counter,
     device_errors: Counter,
     reloads: Counter,
     refused_reloads: Counter,
@@ -100,6 +120,10 @@ pub struct Snapshot {
     pub defaulted: BTreeMap<&'static str, u64>,
     /// Plain SYNs with a malformed redirect option (`W1`).
     pub malformed_options: u64,
+    /// Fragmented datagrams remembered (§9), when one was last added.
+    pub fragments: u64,
+    /// Fragmented datagrams forgotten before their time because there were too many.
+    pub fragments_evicted: u64,
     /// Packets that a device did not take.
     pub device_errors: u64,
     /// Configurations taken over.
@@ -130,6 +154,11 @@ pub struct ServerSnapshot {
 impl Stats {
     pub(crate) fn device_error(&self) {
         self.device_errors.add(1);
+    }
+
+    pub(crate) fn fragments(&self, remembered: usize, evicted: u64) {
+        self.fragments.store(remembered as u64, Ordering::Relaxed);
+        self.fragments_evicted.add(evicted);
     }
 
     pub(crate) fn reload(&self, taken: bool) {
@@ -178,7 +207,7 @@ impl Balancer {
                 stats.packets_back.add(1);
                 stats.bytes_back.add(bytes);
             }
-            Route::ErrorToClient { .. } | Route::Unchanged => {}
+            Route::ErrorToClient { .. } | Route::Answer | Route::Unchanged => {}
         }
     }
 
@@ -203,6 +232,8 @@ impl Balancer {
             drops: named(&stats.drops),
             defaulted: named(&stats.defaulted),
             malformed_options: stats.malformed_options.value(),
+            fragments: stats.fragments.load(Ordering::Relaxed),
+            fragments_evicted: stats.fragments_evicted.value(),
             device_errors: stats.device_errors.value(),
             reloads: stats.reloads.value(),
             refused_reloads: stats.refused_reloads.value(),
@@ -239,12 +270,14 @@ impl fmt::Display for Snapshot {
         }
         for (name, value) in [
             ("malformed_options", self.malformed_options),
+            ("fragments_evicted", self.fragments_evicted),
             ("device_errors", self.device_errors),
             ("reloads", self.reloads),
             ("refused_reloads", self.refused_reloads),
         ] {
             writeln!(f, "# TYPE shunt_balancer_{name}_total counter\nshunt_balancer_{name}_total {value}")?;
         }
+        writeln!(f, "# TYPE shunt_balancer_fragments gauge\nshunt_balancer_fragments {}", self.fragments)?;
         let columns: [(&str, Column); 6] = [
             ("selected", |server| server.selected),
             ("plain", |server| server.plain),

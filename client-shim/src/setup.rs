@@ -244,7 +244,7 @@ impl Setup<'_> {
             mark: self.host.mark,
             mask: self.host.mark_mask,
             except_interface: Some(self.host.device.clone()),
-            icmp: vec![QuotedMatch { interface: None, source: Vec::new(), destination: vips.clone() }],
+            icmp: vec![QuotedMatch { destination: vips.clone(), ..QuotedMatch::default() }],
             ..Divert::default()
         };
         if self.config.notrack && !vips.is_empty() {
@@ -331,7 +331,7 @@ mod tests {
             let device = HostOptions::defaults(shunt_host::Role::Client).device;
             for rule in rules(&changes) {
                 let leaves = rule.interface.as_ref() == Some(&device);
-                assert!(leaves || rule.tcp || rule.mark.is_some(), "{rule:?}");
+                assert!(leaves || rule.protocol.is_some() || rule.mark.is_some(), "{rule:?}");
             }
         }
     }
@@ -348,10 +348,15 @@ mod tests {
     #[test]
     fn traffic_enters_the_device_only_when_it_can_leave_it() {
         let changes = changes(&config(""), &paths(), &Facts::default());
-        let into =
-            changes.iter().position(|change| matches!(change, Change::Rule(rule) if rule.tcp)).unwrap();
+        let into = changes
+            .iter()
+            .position(|change| matches!(change, Change::Rule(rule) if rule.protocol.is_some()))
+            .unwrap();
         let later = &changes[into..];
-        assert!(later.iter().all(|change| matches!(change, Change::Rule(rule) if rule.tcp)), "{later:?}");
+        assert!(
+            later.iter().all(|change| matches!(change, Change::Rule(rule) if rule.protocol.is_some())),
+            "{later:?}"
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::divert::Divert;
-use crate::prefix::{Family, PortRange, Prefix};
+use crate::prefix::{Family, PortRange, Prefix, Transport};
 
 /// The main route table.
 pub const MAIN: u32 = 254;
@@ -106,11 +106,11 @@ pub struct Rule {
     pub from: Option<Prefix>,
     /// The destination.
     pub to: Option<Prefix>,
-    /// Whether only TCP is meant. Without it, ARP and neighbour discovery also meet the rule.
-    pub tcp: bool,
-    /// The source port (with `tcp`).
+    /// The IP protocol meant. Without it, ARP and neighbour discovery also meet the rule.
+    pub protocol: Option<u8>,
+    /// The source port (with a protocol that has ports).
     pub source_port: Option<PortRange>,
-    /// The destination port (with `tcp`).
+    /// The destination port (with a protocol that has ports).
     pub destination_port: Option<PortRange>,
     /// The packet's mark.
     pub mark: Option<Mark>,
@@ -126,7 +126,7 @@ impl Rule {
             interface: None,
             from: None,
             to: None,
-            tcp: false,
+            protocol: None,
             source_port: None,
             destination_port: None,
             mark: None,
@@ -156,12 +156,18 @@ impl Rule {
 
     /// Only TCP.
     #[must_use]
-    pub fn tcp(mut self) -> Self {
-        self.tcp = true;
+    pub fn tcp(self) -> Self {
+        self.protocol(Transport::Tcp.number())
+    }
+
+    /// Only this IP protocol.
+    #[must_use]
+    pub fn protocol(mut self, number: u8) -> Self {
+        self.protocol = Some(number);
         self
     }
 
-    /// Only TCP from these ports.
+    /// Only TCP from these ports, or what [`protocol`](Self::protocol) says afterwards. Fragments do not meet it.
     #[must_use]
     pub fn source_port(mut self, ports: impl Into<PortRange>) -> Self {
         self.source_port = Some(ports.into());

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::prefix::{Family, PortRange, Prefix};
+use crate::prefix::{Family, PortRange, Prefix, Transport};
 
 /// The TCP option kind that carries the redirect option (RFC 6994, shared use).
 pub const OPTION_KIND: u8 = 253;
@@ -27,9 +27,12 @@ impl FlagMatch {
     pub const SYN_ACK: Self = Self { value: 0x12, mask: 0x12 };
 }
 
-/// TCP segments that meet all of these; an empty list or `None` matches everything.
+/// TCP segments, or UDP datagrams, that meet all of these; an empty list or `None` matches everything.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SegmentMatch {
+    /// Which of the two.
+    #[serde(default)]
+    pub transport: Transport,
     /// Arriving on this interface (incoming only).
     pub interface: Option<String>,
     /// From one of these. Where source and destination name addresses, only pairs of one family match.
@@ -40,9 +43,9 @@ pub struct SegmentMatch {
     pub source_ports: Vec<PortRange>,
     /// To one of these ports.
     pub destination_ports: Vec<PortRange>,
-    /// Carrying a TCP option of this kind, such as [`OPTION_KIND`].
+    /// Carrying a TCP option of this kind (TCP only), such as [`OPTION_KIND`].
     pub option: Option<u8>,
-    /// With these flags.
+    /// With these flags (TCP only).
     pub flags: Option<FlagMatch>,
 }
 
@@ -63,7 +66,7 @@ impl SegmentMatch {
 }
 
 /// Arriving ICMP and `ICMPv6` errors (destination unreachable, packet too big, time exceeded, parameter problem)
-/// that quote a TCP segment from one of `source` to one of `destination`. A router's error does not come from the
+/// that quote a TCP segment (or, by choice, a UDP datagram) from one of `source` to one of `destination`. A router's error does not come from the
 /// VIP, so only the quoted segment tells whose it is. An empty list matches everything; both empty matches nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QuotedMatch {
@@ -73,6 +76,27 @@ pub struct QuotedMatch {
     pub source: Vec<IpAddr>,
     /// The quoted destination.
     pub destination: Vec<IpAddr>,
+    /// Whether quotes of UDP match, too, and in IPv6 those of first fragments.
+    #[serde(default)]
+    pub udp: bool,
+}
+
+/// What a [`PacketMatch`] is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PacketKind {
+    /// Fragments, first ones included: policy rules see no ports in any.
+    Fragment,
+    /// Answers to ICMP messages without ports: echo replies, and in IPv4 timestamp replies.
+    IcmpAnswer,
+}
+
+/// Packets whose ports do not tell whose they are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PacketMatch {
+    /// What they are.
+    pub kind: PacketKind,
+    /// From one of these; an empty list matches nothing.
+    pub source: Vec<IpAddr>,
 }
 
 /// Which packets get a mark, in one nftables table of our own.
@@ -90,6 +114,9 @@ pub struct Divert {
     pub outgoing: Vec<SegmentMatch>,
     /// Marked on arrival.
     pub icmp: Vec<QuotedMatch>,
+    /// Marked on arrival.
+    #[serde(default)]
+    pub packets: Vec<PacketMatch>,
     /// Kept out of connection tracking on arrival, from whatever interface.
     pub untracked_incoming: Vec<SegmentMatch>,
     /// Kept out of connection tracking when this host sends them.

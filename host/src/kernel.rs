@@ -53,8 +53,8 @@ fn rule_builder(rule: &Rule, protocol: u8) -> RuleBuilder {
     if let Some(to) = rule.to {
         builder = builder.to_addr(to.address(), to.len());
     }
-    if rule.tcp {
-        builder = builder.tcp();
+    if let Some(protocol) = rule.protocol {
+        builder = builder.ipproto(protocol);
     }
     if let Some(ports) = rule.source_port {
         builder = builder.sport(ports.first(), ports.last());
@@ -414,7 +414,7 @@ fn described_rule(rule: &RuleMessage, family: Family) -> Rule {
         interface: rule.iifname().map(ToOwned::to_owned),
         from: prefix(rule.source(), rule.src_len()),
         to: prefix(rule.destination(), rule.dst_len()),
-        tcp: rule.ip_proto() == Some(6),
+        protocol: rule.ip_proto(),
         source_port: rule.sport_range().map(|range| PortRange::new(range.start, range.end)),
         destination_port: rule.dport_range().map(|range| PortRange::new(range.start, range.end)),
         mark: rule

@@ -55,10 +55,10 @@ mod tests;
 
 pub use change::Change;
 pub use config::{ConfigError, Role, Source, expect_role, load, role_of};
-pub use divert::{Divert, FlagMatch, QuotedMatch, SegmentMatch};
+pub use divert::{Divert, FlagMatch, PacketKind, PacketMatch, QuotedMatch, SegmentMatch};
 pub use error::HostError;
 pub use host::{DEFAULT_STATE_DIR, Host};
 pub use namespace::namespace_id;
 pub use nft::nft_available;
 pub use options::{HostOptions, HostSettings};
-pub use prefix::{Family, PortRange, Prefix};
+pub use prefix::{Family, PortRange, Prefix, Transport};

@@ -9,11 +9,11 @@ use nlink::netlink::nftables::{
     PayloadBase, Priority, Register, Rule, Set, SetElement, SetKeyType, TcpFlags, Transaction,
 };
 
-use crate::divert::{Divert, QuotedMatch, SegmentMatch};
+use crate::divert::{Divert, PacketKind, PacketMatch, QuotedMatch, SegmentMatch};
 use crate::error::{HostError, absent};
-use crate::prefix::{Family, PortRange, Prefix};
+use crate::prefix::{Family, PortRange, Prefix, Transport};
 
-const TCP: u8 = 6;
+const FRAGMENT_HEADER: u8 = 44;
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 /// Elements in one message: a netlink attribute holds less than 64 KiB.
@@ -112,10 +112,12 @@ impl End {
         }
     }
 
-    fn port(self) -> PacketField {
-        match self {
-            End::Source => PacketField::TcpSport,
-            End::Destination => PacketField::TcpDport,
+    fn port(self, transport: Transport) -> PacketField {
+        match (self, transport) {
+            (End::Source, Transport::Tcp) => PacketField::TcpSport,
+            (End::Destination, Transport::Tcp) => PacketField::TcpDport,
+            (End::Source, Transport::Udp) => PacketField::UdpSport,
+            (End::Destination, Transport::Udp) => PacketField::UdpDport,
         }
     }
 
@@ -159,6 +161,11 @@ impl<'a> Build<'a> {
                 self.quoted(family, quoted, mark)?;
             }
         }
+        for packets in &divert.packets {
+            for family in Family::BOTH {
+                self.packets(family, packets, mark)?;
+            }
+        }
         for (chain, segments) in
             [(RAW_PREROUTING, &divert.untracked_incoming), (RAW_OUTPUT, &divert.untracked_outgoing)]
         {
@@ -180,7 +187,10 @@ impl<'a> Build<'a> {
         }
         let chains = [
             (
-                !(divert.incoming.is_empty() && divert.icmp.is_empty() && divert.except_interface.is_none()),
+                !(divert.incoming.is_empty()
+                    && divert.icmp.is_empty()
+                    && divert.packets.is_empty()
+                    && divert.except_interface.is_none()),
                 PREROUTING,
                 BaseChain::filter(FilterHook::Prerouting, Priority::Mangle),
             ),
@@ -232,9 +242,9 @@ impl<'a> Build<'a> {
                 rule = self.addresses(rule, End::Source, family, &segment.source)?;
                 rule = self.addresses(rule, End::Destination, family, &segment.destination)?;
             }
-            rule = rule.match_l4proto(TCP);
-            rule = self.ports(rule, End::Source, &segment.source_ports);
-            rule = self.ports(rule, End::Destination, &segment.destination_ports);
+            rule = rule.match_l4proto(segment.transport.number());
+            rule = self.ports(rule, End::Source.port(segment.transport), &segment.source_ports);
+            rule = self.ports(rule, End::Destination.port(segment.transport), &segment.destination_ports);
             if let Some(flags) = segment.flags {
                 rule = rule.match_tcp_flags(TcpFlags(flags.value), TcpFlags(flags.mask));
             }
@@ -273,21 +283,21 @@ impl<'a> Build<'a> {
         })
     }
 
-    fn ports(&mut self, rule: Rule, end: End, list: &[PortRange]) -> Rule {
+    fn ports(&mut self, rule: Rule, field: PacketField, list: &[PortRange]) -> Rule {
         match PortRange::merged(list.iter().copied()).as_slice() {
             [] => rule,
-            [one] => rule.match_range(end.port(), one.first(), one.last()),
+            [one] => rule.match_range(field, one.first(), one.last()),
             several => {
                 let elements: Vec<SetElement> =
                     several.iter().map(|range| SetElement::port_range(range.first(), range.last())).collect();
                 let set = self.set(SetKeyType::InetService, true, elements);
-                rule.match_in_set(end.port(), &set)
+                rule.match_in_set(field, &set)
             }
         }
     }
 
     /// ICMP errors of one family. Only quotes of an IPv4 header without options are looked into further than the
-    /// addresses; both families' quotes must be of TCP.
+    /// addresses; quotes must be of TCP, or of what `udp` adds.
     fn quoted(
         &mut self,
         family: Family,
@@ -320,7 +330,12 @@ impl<'a> Build<'a> {
                 Ok((end, LookupExpr::new(self.address_set(family, &mine)?, Register::R0).into()))
             })
             .collect::<Result<_, HostError>>()?;
-        for kind in types {
+        let protocols: &[u8] = match (quoted.udp, family) {
+            (false, _) => &[Transport::Tcp.number()],
+            (true, Family::V4) => &[Transport::Tcp.number(), Transport::Udp.number()],
+            (true, Family::V6) => &[Transport::Tcp.number(), Transport::Udp.number(), FRAGMENT_HEADER],
+        };
+        for (kind, of) in types.iter().flat_map(|kind| protocols.iter().map(move |of| (kind, of))) {
             let mut rule = self.rule(PREROUTING);
             if let Some(interface) = &quoted.interface {
                 rule = rule.match_iif(interface);
@@ -331,12 +346,48 @@ impl<'a> Build<'a> {
                 .expr(transport(0, 1))
                 .expr(equals(&[*kind]))
                 .expr(transport(quoted_protocol, 1))
-                .expr(equals(&[TCP]));
+                .expr(equals(&[*of]));
             for (end, lookup) in &address_sets {
                 let (offset, len) = end.quoted(family);
                 rule = rule.expr(transport(offset, len)).expr(lookup.clone());
             }
             self.rules.push(then(rule));
+        }
+        Ok(())
+    }
+
+    /// Packets of one family that are known by their source and kind alone.
+    fn packets(
+        &mut self,
+        family: Family,
+        packets: &PacketMatch,
+        then: impl Fn(Rule) -> Rule,
+    ) -> Result<(), HostError> {
+        let of_family = packets.source.iter().filter(|address| Family::of(**address) == family);
+        let sources: Vec<Prefix> = of_family.map(|address| Prefix::host(*address)).collect();
+        if sources.is_empty() {
+            return Ok(());
+        }
+        let kinds: Vec<Vec<Expr>> = match (packets.kind, family) {
+            // An offset, or more to follow.
+            (PacketKind::Fragment, Family::V4) => {
+                vec![vec![network(6, 2), masked(&[0x3f, 0xff]), differs(&[0, 0])]]
+            }
+            // Loading a byte of a header that is not there ends the rule.
+            (PacketKind::Fragment, Family::V6) => vec![vec![Expr::Exthdr {
+                dreg: Register::R0,
+                op: ExthdrOp::Ipv6,
+                exthdr_type: FRAGMENT_HEADER,
+                offset: 0,
+                len: 1,
+            }]],
+            (PacketKind::IcmpAnswer, Family::V4) => vec![icmp_type(ICMP, 0), icmp_type(ICMP, 14)],
+            (PacketKind::IcmpAnswer, Family::V6) => vec![icmp_type(ICMPV6, 129)],
+        };
+        for kind in kinds {
+            let mut rule = self.rule(PREROUTING);
+            rule = self.addresses(rule, End::Source, family, &sources)?;
+            self.rules.push(then(kind.into_iter().fold(rule, Rule::expr)));
         }
         Ok(())
     }
@@ -381,6 +432,34 @@ impl<'a> Build<'a> {
 
 fn transport(offset: u32, len: u32) -> Expr {
     Expr::Payload { dreg: Register::R0, base: PayloadBase::Transport, offset, len }
+}
+
+fn network(offset: u32, len: u32) -> Expr {
+    Expr::Payload { dreg: Register::R0, base: PayloadBase::Network, offset, len }
+}
+
+fn masked(mask: &[u8]) -> Expr {
+    let len = u32::try_from(mask.len()).unwrap_or(u32::MAX);
+    Expr::Bitwise {
+        sreg: Register::R0,
+        dreg: Register::R0,
+        len,
+        mask: mask.to_vec(),
+        xor: vec![0; mask.len()],
+    }
+}
+
+fn icmp_type(protocol: u8, kind: u8) -> Vec<Expr> {
+    vec![
+        Expr::Meta { dreg: Register::R0, key: MetaKey::L4Proto },
+        equals(&[protocol]),
+        transport(0, 1),
+        equals(&[kind]),
+    ]
+}
+
+fn differs(data: &[u8]) -> Expr {
+    Expr::Cmp { sreg: Register::R0, op: CmpOp::Neq, data: data.to_vec() }
 }
 
 fn equals(data: &[u8]) -> Expr {

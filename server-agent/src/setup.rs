@@ -184,7 +184,7 @@ impl Setup<'_> {
         }
         // A router's error does not say by its own addresses whose it is (I2).
         let source: Vec<IpAddr> = self.config.addresses.clone();
-        divert.icmp.push(QuotedMatch { interface, source, destination: Vec::new() });
+        divert.icmp.push(QuotedMatch { interface, source, ..QuotedMatch::default() });
         if self.config.notrack {
             self.untrack(&mut divert);
         }
@@ -275,7 +275,7 @@ mod tests {
         for nft in [true, false] {
             for rule in rules(&changes(&config(""), &facts(nft))) {
                 let leaves = rule.interface.as_deref() == Some("shunt-srv0");
-                assert!(leaves || rule.tcp || rule.mark.is_some(), "{rule:?}");
+                assert!(leaves || rule.protocol.is_some() || rule.mark.is_some(), "{rule:?}");
             }
         }
     }

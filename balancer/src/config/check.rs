@@ -3,14 +3,15 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::ops::Range;
+use std::time::Duration;
 
 use shunt_host::{ConfigError, Family, Role, Source};
 use toml::Spanned;
 
-use super::file::{Addresses, File, ServerTable, ServiceTable};
+use super::file::{Addresses, File, LimitsTable, ServerTable, ServiceTable, TimersTable};
 use super::{
-    Config, ForwardMode, Legacy, MAX_DIRECT_SERVERS, MAX_SERVERS, MAX_SERVICES, MAX_VIPS, MAX_WEIGHT, Server,
-    Service,
+    Config, ForwardMode, Legacy, Limits, MAX_DIRECT_SERVERS, MAX_FRAGMENT_LIFETIME, MAX_FRAGMENTS,
+    MAX_SERVERS, MAX_SERVICES, MAX_VIPS, MAX_WEIGHT, Server, Service, Transport, UdpPolicy, portless,
 };
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -39,6 +40,9 @@ pub(super) fn check(source: &Source) -> Result<Config> {
         return Err(source.error_at(written.span(), message));
     }
     let host = file.host.resolve(Role::Balancer, source)?;
+    let protocols = portless::protocols(&file.protocol, &servers, source)?;
+    let icmp = portless::icmp(&file.icmp, &servers, source)?;
+    let limits = checker.limits(&file.limits, &file.timers)?;
     let config = Config {
         path: source.path.clone(),
         vips,
@@ -48,6 +52,9 @@ pub(super) fn check(source: &Source) -> Result<Config> {
         legacy_server: legacy_server.or(default_server).filter(|_| legacy == Legacy::DefaultServer),
         services,
         servers,
+        protocols,
+        icmp,
+        limits,
         host,
     };
     checker.way_back_is_unambiguous(&file, &config)?;
@@ -107,7 +114,7 @@ impl Checker<'_> {
 
     fn services(&self, tables: &[ServiceTable], vips: &[IpAddr]) -> Result<Vec<Service>> {
         let (mut services, mut names) = (Vec::with_capacity(tables.len()), HashSet::new());
-        let mut taken: HashMap<(IpAddr, u16), &str> = HashMap::new();
+        let mut taken: HashMap<(IpAddr, Transport, u16), &str> = HashMap::new();
         for table in tables {
             let name = self.name(&table.name, &mut names, "service")?;
             if services.len() == MAX_SERVICES {
@@ -116,15 +123,62 @@ impl Checker<'_> {
             let port = *table.redirect_port.get_ref();
             self.port(&table.redirect_port)?;
             let vips = self.vips_of(table, vips)?;
-            for vip in &vips {
-                if let Some(other) = taken.insert((*vip, port), table.name.get_ref()) {
+            let (protocols, udp_policy) = self.protocols_of(table)?;
+            for (vip, protocol) in vips.iter().flat_map(|vip| protocols.iter().map(move |of| (vip, *of))) {
+                if let Some(other) = taken.insert((*vip, protocol, port), table.name.get_ref()) {
                     let message = format!("redirect port {port} of {vip} is the service {other:?}'s already");
                     return self.fail(table.redirect_port.span(), message);
                 }
             }
-            services.push(Service { name, redirect_port: port, policy: table.policy, vips });
+            let policy = table.policy;
+            services.push(Service { name, redirect_port: port, protocols, policy, udp_policy, vips });
         }
         Ok(services)
+    }
+
+    fn protocols_of(&self, table: &ServiceTable) -> Result<(Vec<Transport>, UdpPolicy)> {
+        let protocols = match &table.protocols {
+            None => vec![Transport::Tcp],
+            Some(written) => {
+                let mut protocols = written.get_ref().clone();
+                protocols.sort_unstable();
+                protocols.dedup();
+                if protocols.is_empty() || protocols.len() != written.get_ref().len() {
+                    let message = "a service is reached by [\"tcp\"], [\"udp\"] or [\"tcp\", \"udp\"]";
+                    return self.fail(written.span(), message);
+                }
+                protocols
+            }
+        };
+        if let Some(policy) = &table.udp_policy {
+            if !protocols.contains(&Transport::Udp) {
+                return self
+                    .fail(policy.span(), "the service is not reached by UDP: add `protocols = [\"udp\"]`");
+            }
+            return Ok((protocols, *policy.get_ref()));
+        }
+        Ok((protocols, UdpPolicy::default()))
+    }
+
+    fn limits(&self, limits: &LimitsTable, timers: &TimersTable) -> Result<Limits> {
+        let mut checked = Limits::default();
+        if let Some(fragments) = &limits.fragments {
+            checked.fragments = *fragments.get_ref();
+            if !(1..=MAX_FRAGMENTS).contains(&checked.fragments) {
+                return self.fail(fragments.span(), format!("between 1 and {MAX_FRAGMENTS}"));
+            }
+        }
+        if let Some(seconds) = &timers.fragments_s {
+            checked.fragment_lifetime = Duration::from_secs(*seconds.get_ref());
+            if !(Duration::from_secs(1)..=MAX_FRAGMENT_LIFETIME).contains(&checked.fragment_lifetime) {
+                let message = format!("between 1 and {} seconds", MAX_FRAGMENT_LIFETIME.as_secs());
+                return self.fail(seconds.span(), message);
+            }
+        }
+        if let Some(answers) = limits.answers_per_second {
+            checked.answers_per_second = answers;
+        }
+        Ok(checked)
     }
 
     fn vips_of(&self, table: &ServiceTable, vips: &[IpAddr]) -> Result<Vec<IpAddr>> {
@@ -259,14 +313,17 @@ impl Checker<'_> {
 
     /// Y belongs to one server and stands for one redirect port, on every VIP.
     fn service_ports_are_unique(&self, file: &File, services: &[Service], servers: &[Server]) -> Result<()> {
-        let mut owners: HashMap<(IpAddr, u16), &str> = HashMap::new();
+        let mut owners: HashMap<(IpAddr, Transport, u16), &str> = HashMap::new();
         for (table, server) in file.server.iter().zip(servers) {
             for (written, (service, port)) in table.ports.values().zip(&server.ports) {
-                for &vip in &services[*service].vips {
+                let service = &services[*service];
+                let all =
+                    service.vips.iter().flat_map(|vip| service.protocols.iter().map(move |of| (*vip, *of)));
+                for (vip, protocol) in all {
                     if !server.serves(Family::of(vip)) {
                         continue;
                     }
-                    if let Some(owner) = owners.insert((vip, *port), &server.name) {
+                    if let Some(owner) = owners.insert((vip, protocol, *port), &server.name) {
                         let message = if owner == server.name {
                             format!(
                                 "service port {port} of {vip} stands for another service of this server already"
@@ -292,9 +349,9 @@ impl Checker<'_> {
 
     /// In `network` mode the VIP of an answer follows from the server's address and port.
     fn way_back_is_unambiguous(&self, file: &File, config: &Config) -> Result<()> {
-        let mut known: HashMap<(IpAddr, u16), IpAddr> = HashMap::new();
+        let mut known: HashMap<(IpAddr, u8, u16), IpAddr> = HashMap::new();
         for way in config.ways_back() {
-            let other = *known.entry((way.address, way.port)).or_insert(way.vip);
+            let other = *known.entry((way.address, way.protocol, way.port)).or_insert(way.vip);
             if other == way.vip {
                 continue;
             }
@@ -307,10 +364,14 @@ impl Checker<'_> {
             let span = owned
                 .or_else(|| table.ports.values().nth(shared?).map(Spanned::span))
                 .unwrap_or_else(|| table.name.span());
+            let from = match way.port {
+                0 => format!("by protocol {}", way.protocol),
+                port => format!("from port {port}"),
+            };
             let message = format!(
-                "answers of {} from port {} could be {other}'s or {}'s: give services their own `vips`, \
+                "answers of {} {from} could be {other}'s or {}'s: give services their own `vips`, \
                  servers an address for each, or use `forward = \"direct\"`",
-                way.address, way.port, way.vip
+                way.address, way.vip
             );
             return self.fail(span, message);
         }

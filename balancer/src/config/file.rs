@@ -9,7 +9,8 @@ use serde::{Deserialize, Deserializer};
 use shunt_host::{HostSettings, Role};
 use toml::Spanned;
 
-use super::{ForwardMode, Legacy, PolicyName, State};
+use super::portless::{IcmpTable, ProtocolTable};
+use super::{ForwardMode, Legacy, PolicyName, State, Transport, UdpPolicy};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,7 +31,28 @@ pub(super) struct File {
     #[serde(default)]
     pub(super) server: Vec<ServerTable>,
     #[serde(default)]
+    pub(super) protocol: Vec<ProtocolTable>,
+    #[serde(default)]
+    pub(super) icmp: IcmpTable,
+    #[serde(default)]
+    pub(super) limits: LimitsTable,
+    #[serde(default)]
+    pub(super) timers: TimersTable,
+    #[serde(default)]
     pub(super) host: HostSettings,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct LimitsTable {
+    pub(super) fragments: Option<Spanned<usize>>,
+    pub(super) answers_per_second: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TimersTable {
+    pub(super) fragments_s: Option<Spanned<u64>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -39,7 +61,11 @@ pub(super) struct ServiceTable {
     pub(super) name: Spanned<String>,
     pub(super) redirect_port: Spanned<u16>,
     #[serde(default)]
+    pub(super) protocols: Option<Spanned<Vec<Transport>>>,
+    #[serde(default)]
     pub(super) policy: PolicyName,
+    #[serde(default)]
+    pub(super) udp_policy: Option<Spanned<UdpPolicy>>,
     #[serde(default)]
     pub(super) vips: Option<Spanned<Vec<Spanned<IpAddr>>>>,
 }

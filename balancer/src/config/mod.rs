@@ -4,17 +4,23 @@
 
 mod check;
 mod file;
+mod portless;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use shunt_host::{ConfigError, Family, HostOptions, Source};
 
-/// The most VIPs of one balancer; each costs 256 KiB of table.
+pub use portless::{IcmpRules, Portless};
+pub use shunt_host::Transport;
+
+/// The most VIPs of one balancer; each costs 256 KiB of table, and as much again if it has UDP services.
 pub const MAX_VIPS: usize = 256;
 /// The most servers.
 pub const MAX_SERVERS: usize = 60_000;
@@ -22,6 +28,10 @@ pub const MAX_SERVERS: usize = 60_000;
 pub const MAX_SERVICES: usize = 30_000;
 /// The most servers in `direct` mode, where each takes a TUN device and a route table of its own.
 pub const MAX_DIRECT_SERVERS: usize = 120;
+/// The most fragmented datagrams remembered at a time.
+pub const MAX_FRAGMENTS: usize = 1 << 20;
+/// The longest that a fragmented datagram can be remembered: longer than any host waits for the rest of one.
+pub const MAX_FRAGMENT_LIFETIME: Duration = Duration::from_secs(300);
 /// The largest weight.
 pub const MAX_WEIGHT: u32 = 65_535;
 
@@ -62,6 +72,36 @@ pub enum PolicyName {
     Source,
 }
 
+/// How a server is chosen for a UDP datagram to a redirect port (§6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UdpPolicy {
+    /// By a Maglev table over both addresses and ports: a flow stays together.
+    #[default]
+    Hash,
+    /// Each datagram by chance.
+    Random,
+    /// Each datagram in turn.
+    RoundRobin,
+}
+
+/// Bounds of what the balancer remembers and answers (§9, §12).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Fragmented datagrams remembered, at least 1.
+    pub fragments: usize,
+    /// How long each.
+    pub fragment_lifetime: Duration,
+    /// Packets that the balancer answers itself.
+    pub answers_per_second: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { fragments: 4096, fragment_lifetime: Duration::from_secs(30), answers_per_second: 100 }
+    }
+}
+
 /// Whether a server takes new connections (`B7`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -80,9 +120,19 @@ pub enum State {
 pub struct Service {
     pub(crate) name: String,
     pub(crate) redirect_port: u16,
+    /// By which protocols it is reached; at least one.
+    pub(crate) protocols: Vec<Transport>,
     pub(crate) policy: PolicyName,
+    pub(crate) udp_policy: UdpPolicy,
     /// The VIPs it is reached on.
     pub(crate) vips: Vec<IpAddr>,
+}
+
+impl Service {
+    /// Whether it is reached on a VIP by a protocol.
+    pub(crate) fn is_reached(&self, vip: IpAddr, transport: Transport) -> bool {
+        self.vips.contains(&vip) && self.protocols.contains(&transport)
+    }
 }
 
 /// A server behind the VIPs.
@@ -136,6 +186,10 @@ pub struct Config {
     pub(crate) legacy_server: Option<usize>,
     pub(crate) services: Vec<Service>,
     pub(crate) servers: Vec<Server>,
+    /// Protocols without ports, by number.
+    pub(crate) protocols: BTreeMap<u8, Portless>,
+    pub(crate) icmp: IcmpRules,
+    pub(crate) limits: Limits,
     pub(crate) host: HostOptions,
 }
 
@@ -186,8 +240,19 @@ impl Config {
         self.vips.iter().any(|vip| Family::of(*vip) == family)
     }
 
-    /// Every (server's address, source port) whose packets are answers of a VIP, with that VIP, in `network` mode;
-    /// not sorted, each at least once. The `usize` is the server's index.
+    /// Whether servers are chosen for packets without ports.
+    pub(crate) fn balances_portless(&self) -> bool {
+        self.protocols.values().copied().chain(self.icmp.all()).any(|to| to == Portless::Balance)
+    }
+
+    /// Whether a server is one of a VIP's: one of its services is reached there.
+    pub(crate) fn serves_vip(&self, server: &Server, vip: IpAddr) -> bool {
+        server.serves(Family::of(vip))
+            && server.ports.iter().any(|(service, _)| self.services[*service].vips.contains(&vip))
+    }
+
+    /// Every (server's address, protocol, source port) whose packets are answers of a VIP, with that VIP, in `network`
+    /// mode; not sorted, each at least once. The `usize` is the server's index.
     pub(crate) fn ways_back(&self) -> Vec<WayBack> {
         let mut ways = Vec::new();
         if self.forward != ForwardMode::Network {
@@ -200,16 +265,36 @@ impl Config {
                 let owned = server.ports.iter().filter(|(of, _)| *of == number).map(|(_, port)| *port);
                 let member = any || server.ports.iter().any(|(of, _)| *of == number);
                 let ports = owned.chain(member.then_some(service.redirect_port));
-                for port in ports {
+                let of_protocol = |port| service.protocols.iter().map(move |of| (of.number(), port));
+                for (protocol, port) in ports.flat_map(of_protocol) {
                     for &vip in &service.vips {
                         if let Some(address) = server.address(Family::of(vip)) {
-                            ways.push(WayBack { address, port, vip, server: index });
+                            ways.push(WayBack { address, protocol, port, vip, server: index });
                         }
                     }
                 }
             }
+            self.portless_ways_back(index, server, &mut ways);
         }
         ways
+    }
+
+    /// The answers without ports of a server that gets packets without ports.
+    fn portless_ways_back(&self, index: usize, server: &Server, ways: &mut Vec<WayBack>) {
+        let gets = |to: Portless, vip| match to {
+            Portless::Balance => self.serves_vip(server, vip),
+            Portless::Server(named) => named == index,
+            _ => false,
+        };
+        for &vip in &self.vips {
+            let Some(address) = server.address(Family::of(vip)) else { continue };
+            let icmp = if vip.is_ipv4() { 1 } else { 58 };
+            let asked = self.icmp.all().any(|to| gets(to, vip)).then_some(icmp);
+            let others = self.protocols.iter().filter(|(_, to)| gets(**to, vip)).map(|(number, _)| *number);
+            for protocol in others.chain(asked) {
+                ways.push(WayBack { address, protocol, port: 0, vip, server: index });
+            }
+        }
     }
 }
 
@@ -217,6 +302,9 @@ impl Config {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WayBack {
     pub(crate) address: IpAddr,
+    /// The IP protocol's number.
+    pub(crate) protocol: u8,
+    /// 0 if the protocol has no ports.
     pub(crate) port: u16,
     pub(crate) vip: IpAddr,
     pub(crate) server: usize,

@@ -214,3 +214,109 @@ fn direct_mode_needs_a_device_for_each_server() {
     assert_eq!(with("sixteen-letters-").unwrap_err().line(), Some(14));
     assert_eq!(with("../eth").unwrap_err().line(), Some(14));
 }
+
+const PACKETS: &str = r#"role = "balancer"
+vips = ["203.0.113.10", "2001:db8::10"]
+[[service]]
+name = "dns"
+redirect_port = 53
+protocols = ["tcp", "udp"]
+udp_policy = "round-robin"
+[[server]]
+name = "d1"
+address = ["10.0.0.11", "fd00::11"]
+ports = { dns = 41001 }
+[[server]]
+name = "d2"
+address = "10.0.0.12"
+ports = { dns = 41002 }
+[[protocol]]
+number = 47
+to = { server = "d2" }
+[icmp]
+default = "drop"
+echo = "answer"
+v4 = { 13 = "balance" }
+[limits]
+fragments = 100
+answers_per_second = 5
+[timers]
+fragments_s = 60
+"#;
+
+#[test]
+fn o12_and_i4_a_file_says_where_datagrams_and_packets_without_ports_go() {
+    let config = parse(PACKETS).unwrap();
+    let service = &config.services[0];
+    assert_eq!(service.protocols, [Transport::Tcp, Transport::Udp]);
+    assert_eq!(service.udp_policy, UdpPolicy::RoundRobin);
+    assert_eq!(config.protocols, BTreeMap::from([(47, Portless::Server(1))]));
+    assert_eq!(config.icmp.of(Family::V4, 8), Portless::Answer);
+    assert_eq!(config.icmp.of(Family::V6, 128), Portless::Answer);
+    assert_eq!(config.icmp.of(Family::V4, 13), Portless::Balance);
+    assert_eq!(config.icmp.of(Family::V6, 13), Portless::Drop);
+    let Limits { fragments, fragment_lifetime, answers_per_second } = config.limits;
+    assert_eq!((fragments, fragment_lifetime.as_secs(), answers_per_second), (100, 60, 5));
+    // Two ports by two protocols, d1 in both families; GRE of d2; ICMP (IPv4 alone is balanced, but answers tell no
+    // type apart) of both.
+    let ways = config.ways_back();
+    let of = |protocol| ways.iter().filter(|way| way.protocol == protocol).count();
+    assert_eq!([6, 17, 47, 1, 58].map(of), [6, 6, 1, 2, 1]);
+    // As before without any of it.
+    let plain = parse(GOOD).unwrap();
+    assert_eq!(plain.services[0].protocols, [Transport::Tcp]);
+    assert_eq!(plain.limits, Limits::default());
+    assert_eq!(plain.icmp.of(Family::V4, 8), Portless::DefaultServer);
+    assert!(plain.ways_back().iter().all(|way| way.protocol == 6));
+}
+
+#[test]
+fn mistakes_about_packets_without_ports_are_refused_with_their_line() {
+    for (from, to, line, words) in [
+        ("[\"tcp\", \"udp\"]", "[]", 6, "a service is reached by"),
+        ("[\"tcp\", \"udp\"]", "[\"udp\", \"udp\"]", 6, "a service is reached by"),
+        ("[\"tcp\", \"udp\"]", "[\"sctp\"]", 6, "unknown variant"),
+        ("[\"tcp\", \"udp\"]", "[\"tcp\"]", 7, "not reached by UDP"),
+        ("number = 47", "number = 17", 17, "TCP and UDP are services"),
+        ("number = 47", "number = 58", 17, "[icmp]"),
+        ("number = 47", "number = 44", 17, "extension header"),
+        ("server = \"d2\"", "server = \"d3\"", 18, "no server named \"d3\""),
+        ("to = { server = \"d2\" }", "to = \"answer\"", 18, "only echo requests"),
+        ("to = { server = \"d2\" }", "to = \"d2\"", 18, "{ server = \"NAME\" }"),
+        ("default = \"drop\"", "default = \"answer\"", 20, "only echo requests"),
+        ("13 = \"balance\"", "3 = \"balance\"", 22, "follows the packet that it quotes"),
+        ("13 = \"balance\"", "echo = \"balance\"", 22, "no ICMP type"),
+        ("fragments = 100", "fragments = 0", 24, "between 1 and"),
+        ("fragments_s = 60", "fragments_s = 0", 27, "between 1 and"),
+    ] {
+        assert!(PACKETS.contains(from), "{from}");
+        let error = parse(&PACKETS.replacen(from, to, 1)).unwrap_err();
+        assert_eq!(error.line(), Some(line), "{to}: {error}");
+        assert!(error.message().contains(words), "{to}: {error}");
+    }
+}
+
+#[test]
+fn the_vip_of_an_answer_without_ports_must_follow_from_its_server() {
+    let two = PACKETS.replace("vips = [\"203.0.113.10\", ", "vips = [\"203.0.113.10\", \"203.0.113.20\", ");
+    let one_each =
+        two.replace("redirect_port = 53", "redirect_port = 53\nvips = [\"203.0.113.10\", \"2001:db8::10\"]");
+    let error = parse(&one_each).unwrap_err();
+    assert!(error.message().contains("answers of 10.0.0.12 by protocol 47 could be"), "{error}");
+    assert_eq!(error.line(), Some(14), "{error}");
+    parse(&one_each.replace("to = { server = \"d2\" }", "to = \"balance\"")).unwrap();
+}
+
+#[test]
+fn one_port_by_two_protocols_can_be_two_services() {
+    let text = GOOD
+        .replace(
+            "policy = \"round-robin\"",
+            "[[service]]\nname = \"quic\"\nprotocols = [\"udp\"]\nredirect_port = 443",
+        )
+        .replace("web = 41001", "web = 41001, quic = 41001");
+    let config = parse(&text).unwrap();
+    assert_eq!(config.servers[0].ports.len(), 2);
+    let error = parse(&text.replace("protocols = [\"udp\"]", "protocols = [\"tcp\", \"udp\"]")).unwrap_err();
+    assert!(error.message().contains("is the service \"web\"'s already"), "{error}");
+}

@@ -1,5 +1,8 @@
 //! Packets in, routes and bytes out.
 
+mod datagrams;
+mod fragments;
+mod icmp;
 mod packets;
 mod properties;
 mod rules;
@@ -10,8 +13,8 @@ use std::net::{IpAddr, SocketAddr};
 use shunt_host::Source;
 use shunt_stack::wire::{Packet, RedirectOption, SeqNumber, TcpFlags};
 
-use crate::{Balancer, Config, SelectKey};
-use packets::segment;
+use crate::{Balancer, Config, Decision, DropReason, Output, Route, SelectKey};
+use packets::{checksums_are_right, segment};
 
 const EXID: u16 = 0x5244;
 
@@ -34,6 +37,12 @@ fn three_servers(more: &str) -> String {
         }
     }
     text
+}
+
+/// The same, reached by UDP as well; `more` goes to the top, `service` to the service.
+fn with_udp(more: &str, service: &str) -> String {
+    let port = "redirect_port = 443\n";
+    three_servers(more).replace(port, &format!("{port}protocols = [\"tcp\", \"udp\"]\n{service}\n"))
 }
 
 /// The addresses of one family's actors.
@@ -95,3 +104,19 @@ const R: RedirectOption = RedirectOption {
     address: None,
     token: None,
 };
+
+fn decision(balancer: &Balancer, packet: &Packet) -> Result<(usize, Decision), DropReason> {
+    match balancer.route(packet)? {
+        Route::ToServer { server, decision } => Ok((server.index(), decision)),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Processes a copy; what leaves has right checksums.
+fn processed(balancer: &Balancer, packet: &Packet) -> Packet {
+    let mut out = packet.clone();
+    assert_eq!(balancer.process(&mut out), Ok(Output::Main));
+    assert!(checksums_are_right(&out), "{out:?}");
+    assert_eq!(out.len(), packet.len());
+    out
+}

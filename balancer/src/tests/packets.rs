@@ -47,7 +47,10 @@ pub(super) fn datagram(
     } else {
         Sum::new().add_pseudo_header(source, destination, protocol, payload.len())
     };
-    let checksum = pseudo.add(&bytes[start..]).checksum();
+    let checksum = match pseudo.add(&bytes[start..]).checksum() {
+        0 if protocol == 17 => 0xffff,
+        checksum => checksum,
+    };
     bytes[start + field..start + field + 2].copy_from_slice(&checksum.to_be_bytes());
     Packet::from_slice(&bytes).unwrap()
 }
@@ -90,6 +93,82 @@ pub(super) fn later_fragment(packet: &Packet) -> Packet {
     let length = u16::from_be_bytes([bytes[4], bytes[5]]) + 8;
     bytes[4..6].copy_from_slice(&length.to_be_bytes());
     bytes.splice(40..40, [next, 0, 0, 128, 0, 0, 0x12, 0x34]);
+    Packet::from_slice(&bytes).unwrap()
+}
+
+/// A UDP datagram.
+pub(super) fn udp(source: SocketAddr, destination: SocketAddr, data: &[u8]) -> Packet {
+    let mut message = Vec::new();
+    message.extend_from_slice(&source.port().to_be_bytes());
+    message.extend_from_slice(&destination.port().to_be_bytes());
+    message.extend_from_slice(&(data.len() as u16 + 8).to_be_bytes());
+    message.extend_from_slice(&[0, 0]);
+    message.extend_from_slice(data);
+    datagram(source.ip(), destination.ip(), 17, &message, 6)
+}
+
+/// An echo request, or its reply.
+pub(super) fn echo(source: IpAddr, destination: IpAddr, request: bool, identifier: u16) -> Packet {
+    let (protocol, kind) = match (source.is_ipv4(), request) {
+        (true, true) => (1, 8),
+        (true, false) => (1, 0),
+        (false, true) => (58, 128),
+        (false, false) => (58, 129),
+    };
+    let [high, low] = identifier.to_be_bytes();
+    datagram(source, destination, protocol, &[kind, 0, 0, 0, high, low, 0, 1, 9, 8, 7], 2)
+}
+
+/// The packet's bytes as a fragment: `data` of its transport part, from `offset` on.
+pub(super) fn fragment_bytes(
+    packet: &Packet,
+    identification: u16,
+    offset: usize,
+    data: &[u8],
+    more: bool,
+) -> Vec<u8> {
+    let field = offset as u16 | u16::from(more);
+    let mut bytes = packet.bytes()[..packet.transport_offset()].to_vec();
+    if packet.source().is_ipv4() {
+        let total = (bytes.len() + data.len()) as u16;
+        bytes[2..4].copy_from_slice(&total.to_be_bytes());
+        bytes[4..6].copy_from_slice(&identification.to_be_bytes());
+        bytes[6..8].copy_from_slice(&(offset as u16 / 8 | u16::from(more) << 13).to_be_bytes());
+        bytes[10..12].fill(0);
+        let checksum = Sum::new().add(&bytes).checksum();
+        bytes[10..12].copy_from_slice(&checksum.to_be_bytes());
+    } else {
+        let next = std::mem::replace(&mut bytes[6], 44);
+        bytes[4..6].copy_from_slice(&(data.len() as u16 + 8).to_be_bytes());
+        bytes.extend_from_slice(&[next, 0]);
+        bytes.extend_from_slice(&field.to_be_bytes());
+        bytes.extend_from_slice(&u32::from(identification).to_be_bytes());
+    }
+    bytes.extend_from_slice(data);
+    bytes
+}
+
+/// The packet in fragments of `size` bytes, a multiple of 8.
+pub(super) fn fragments(packet: &Packet, identification: u16, size: usize) -> Vec<Packet> {
+    let transport = &packet.bytes()[packet.transport_offset()..];
+    let count = transport.len().div_ceil(size);
+    let one = |(index, data)| {
+        let bytes = fragment_bytes(packet, identification, index * size, data, index + 1 < count);
+        Packet::from_slice(&bytes).unwrap()
+    };
+    transport.chunks(size).enumerate().map(one).collect()
+}
+
+/// The datagram that fragments make, whatever their order.
+pub(super) fn reassembled(fragments: &[Packet]) -> Packet {
+    let mut parts: Vec<(u16, &Packet)> =
+        fragments.iter().map(|part| (part.fragment().unwrap().offset, part)).collect();
+    parts.sort_by_key(|(offset, _)| *offset);
+    let data: Vec<u8> =
+        parts.iter().flat_map(|(_, part)| part.bytes()[part.transport_offset()..].to_vec()).collect();
+    let first = parts[0].1;
+    let mut bytes = header(first.source(), first.destination(), first.protocol().number(), data.len());
+    bytes.extend_from_slice(&data);
     Packet::from_slice(&bytes).unwrap()
 }
 

@@ -5,24 +5,8 @@ use std::net::SocketAddr;
 use shunt_stack::wire::{Packet, ParseError, SeqNumber, TcpFlags};
 
 use super::packets::{checksums_are_right, datagram, error, later_fragment, quoted_packet, segment};
-use super::{EXID, R, balancer, casts, three_servers};
-use crate::{Balancer, Decision, DropReason, Output, Route};
-
-fn decision(balancer: &Balancer, packet: &Packet) -> Result<(usize, Decision), DropReason> {
-    match balancer.route(packet)? {
-        Route::ToServer { server, decision } => Ok((server.index(), decision)),
-        other => panic!("{other:?}"),
-    }
-}
-
-/// Processes a copy; what leaves has right checksums.
-fn processed(balancer: &Balancer, packet: &Packet) -> Packet {
-    let mut out = packet.clone();
-    assert_eq!(balancer.process(&mut out), Ok(Output::Main));
-    assert!(checksums_are_right(&out), "{out:?}");
-    assert_eq!(out.len(), packet.len());
-    out
-}
+use super::{EXID, R, balancer, casts, decision, processed, three_servers};
+use crate::{Decision, DropReason, Output, Route};
 
 #[test]
 fn b1_a_syn_with_r_is_selected_by_policy() {

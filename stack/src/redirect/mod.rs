@@ -12,6 +12,7 @@ pub use client::{
     Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, PathId, PathState,
     PlainReason, VipConfig,
 };
+pub use reply::{Limiter, can_answer};
 pub use server::{DeclineReason, Server, ServerConfig, ServerCounters, ServerEvent, ServicePorts};
 
 use crate::wire::Packet;

@@ -10,7 +10,7 @@ const SECOND: u64 = 1_000_000;
 
 /// At most so many in a second; all of a second's at once at most.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Limiter {
+pub struct Limiter {
     /// Microseconds of credit a reply costs.
     cost: u64,
     credit: u64,
@@ -18,13 +18,14 @@ pub(crate) struct Limiter {
 }
 
 impl Limiter {
-    pub(crate) fn new(per_second: u32) -> Self {
+    /// At most `per_second` in a second; 0 means none at all.
+    pub fn new(per_second: u32) -> Self {
         let cost = SECOND.checked_div(u64::from(per_second)).unwrap_or(u64::MAX).max(1);
         Limiter { cost, credit: SECOND, last: Instant::ZERO }
     }
 
     /// Takes one reply's worth; says whether there was any.
-    pub(crate) fn take(&mut self, now: Instant) -> bool {
+    pub fn take(&mut self, now: Instant) -> bool {
         let earned = u64::try_from(now.since(self.last).as_micros()).unwrap_or(SECOND);
         self.credit = self.credit.saturating_add(earned).min(SECOND);
         self.last = now;
@@ -37,7 +38,7 @@ impl Limiter {
 }
 
 /// Whether a packet's source can be a client: answers to others are not sent.
-pub(crate) fn can_answer(source: IpAddr) -> bool {
+pub fn can_answer(source: IpAddr) -> bool {
     let broadcast = matches!(source, IpAddr::V4(v4) if v4.is_broadcast());
     !(source.is_unspecified() || source.is_multicast() || broadcast)
 }

@@ -27,6 +27,16 @@ impl IcmpView<'_> {
         self.message[1]
     }
 
+    /// The IP version it came in.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The identifier of an echo or its reply; of other messages the same two bytes.
+    pub fn identifier(&self) -> u16 {
+        be16(self.message, 4)
+    }
+
     /// Whether it is an error message, one that quotes a packet.
     pub fn is_error(&self) -> bool {
         match self.version {
