@@ -24,6 +24,9 @@ need curl curl
 need ip iproute2
 need setpriv util-linux
 need sysctl procps
+need dnsmasq dnsmasq-base
+need dig bind9-dnsutils
+need ping iputils-ping
 if [ "${#packages[@]}" -gt 0 ]; then
   step "installing ${packages[*]}"
   sudo=

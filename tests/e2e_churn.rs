@@ -307,7 +307,7 @@ fn a_small_mtu_in_the_middle_stops_nothing() {
             };
             for way in Way::BOTH {
                 // What was learnt about the path before would hide that it is learnt.
-                forget_paths(&net);
+                net.forget_paths();
                 let before = counters(&net, name);
                 let done = net.transfer(family, way, &file);
                 let after = counters(&net, name);
@@ -325,17 +325,6 @@ fn a_small_mtu_in_the_middle_stops_nothing() {
             }
         }
         net.stop_shim();
-    }
-}
-
-/// Lets the kernels at both ends forget path MTUs.
-fn forget_paths(net: &Net) {
-    for host in net.servers.iter().map(|server| &server.host).chain([&net.client]) {
-        for family in ["-4", "-6"] {
-            let mut command = Command::new("ip");
-            command.args([family, "route", "flush", "cache"]);
-            host.run_within(&mut command, Duration::from_secs(10)).expect("ip is installed");
-        }
     }
 }
 

@@ -215,7 +215,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         let nft = nft_available().await;
         if !nft && config.forward == ForwardMode::Network {
             tracing::warn!(
-                "this kernel has no nftables: ICMP errors about segments to servers are not translated"
+                "this kernel has no nftables: ICMP errors about packets to servers, echo replies and fragments of TCP \
+                 answers are not translated"
             );
         }
         let device = |name: &str| open(name).map_err(Error::Device);

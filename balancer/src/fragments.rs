@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use shunt_stack::redirect::Limiter;
 use shunt_stack::time::Instant;
-use shunt_stack::wire::{Fragment, Packet};
+use shunt_stack::wire::{Fragment, Packet, Protocol};
 
 use crate::Balancer;
 use crate::config::Limits;
@@ -189,7 +189,9 @@ impl Balancer {
 
     /// As [`route`](Self::route), and what a later fragment's first was told.
     fn verdict(&self, cache: &mut FragmentCache, now: Instant, packet: &Packet) -> Verdict {
-        let Some(fragment) = packet.fragment() else { return self.route(packet) };
+        // Without ports all fragments tell as much as the first.
+        let ported = !matches!(packet.protocol(), Protocol::Other(_));
+        let Some(fragment) = packet.fragment().filter(|_| ported) else { return self.route(packet) };
         let key = Key::of(packet, fragment);
         if fragment.offset != 0 {
             return match cache.find(now, &key) {

@@ -142,7 +142,7 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
     let back = tables + table::BACK;
     wanted.push(Route::device(back, Prefix::all(family), &devices.main).into());
     let known = |way: &WayBack| match way.protocol {
-        // Marks tell: by a rule, answers to this host and neighbour discovery would be diverted as well.
+        // Marks tell: a rule would divert neighbour discovery as well.
         1 | 58 => None,
         // Fragments have no ports to tell by: without marks all has to come.
         17 if !nft => Some((way.address, 17, None)),

@@ -9,6 +9,7 @@
 // Each test file is a crate of its own and uses another part of this.
 #![allow(dead_code, unused_imports, unreachable_pub, clippy::unused_self)]
 
+pub mod datagrams;
 mod programs;
 pub mod service;
 mod traffic;
@@ -64,6 +65,15 @@ impl Family {
     }
 }
 
+/// Where two routers stand with a link of 1,280 bytes between them, which neither end sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Narrow {
+    /// Between the client and the balancer.
+    Client,
+    /// Between the balancer and the servers (`forward = "network"`).
+    Servers,
+}
+
 /// How the network is built.
 #[derive(Clone)]
 pub struct Options {
@@ -74,6 +84,8 @@ pub struct Options {
     pub access: Option<Impairment>,
     /// MTU between router and balancer.
     pub core_mtu: u32,
+    /// A small MTU far from both ends.
+    pub narrow: Option<Narrow>,
     /// Started at once: balancer and agents.
     pub start: bool,
 }
@@ -86,6 +98,7 @@ impl Default for Options {
             forward: "network",
             access: None,
             core_mtu: 1500,
+            narrow: None,
             start: true,
         }
     }
@@ -117,6 +130,8 @@ pub struct Net {
     pub client: Host,
     pub middle: Host,
     pub balancer: Host,
+    /// The routers at both ends of the narrow link, seen from the client.
+    pub narrow: Vec<Host>,
     pub access: Option<ImpairedLink>,
     pub options: Options,
     pub dir: tempfile::TempDir,
@@ -137,11 +152,12 @@ impl Net {
         let lab = Lab::new().unwrap_or_else(|error| panic!("these tests need namespaces: {error}"));
         let host = |name: &str| lab.host(name).expect("a namespace");
         let (client, middle, balancer) = (host("client"), host("middle"), host("balancer"));
+        let near = if options.narrow == Some(Narrow::Client) { host("near") } else { middle.clone() };
         let access = options.access.map(|impairment| {
-            lab.impaired_link(&client, "eth0", &middle, "eth0", impairment).expect("an impaired link")
+            lab.impaired_link(&client, "eth0", &near, "eth0", impairment).expect("an impaired link")
         });
         if access.is_none() {
-            lab.link(&client, "eth0", &middle, "eth0", LinkOptions::default()).expect("access link");
+            lab.link(&client, "eth0", &near, "eth0", LinkOptions::default()).expect("access link");
         }
         lab.link(&middle, "eth1", &balancer, "eth0", LinkOptions { mtu: options.core_mtu })
             .expect("core link");
@@ -153,12 +169,18 @@ impl Net {
             client,
             middle,
             balancer,
+            narrow: Vec::new(),
             access,
             options,
             dir,
             lab,
         };
-        net.address();
+        net.address(&near);
+        match net.options.narrow {
+            Some(Narrow::Client) => net.narrow_client(near),
+            Some(Narrow::Servers) => net.narrow_servers(),
+            None => {}
+        }
         for number in 1..=net.options.servers {
             net.add_server(number);
         }
@@ -171,13 +193,14 @@ impl Net {
         net
     }
 
-    fn address(&self) {
+    /// `near` is the client's router.
+    fn address(&self, near: &Host) {
         let set = |host: &Host, device: &str, v4: &str, v6: &str| {
             host.address(device, v4).expect("an address");
             host.address(device, v6).expect("an address");
         };
         set(&self.client, "eth0", "10.1.0.2/24", "fd00:1::2/64");
-        set(&self.middle, "eth0", "10.1.0.1/24", "fd00:1::1/64");
+        set(near, "eth0", "10.1.0.1/24", "fd00:1::1/64");
         // No permutation of the client's 16-bit words: the digest O could not tell the two apart.
         set(&self.middle, "eth1", "10.2.0.254/24", "fd00:2::fe/64");
         set(&self.balancer, "eth0", "10.2.0.2/24", "fd00:2::2/64");
@@ -185,20 +208,72 @@ impl Net {
         route_both(&self.balancer, "10.2.0.254", "fd00:2::fe");
         self.middle.route(&format!("{VIP4}/32"), Via::gateway("10.2.0.2")).expect("a route");
         self.middle.route(&format!("{VIP6}/128"), Via::gateway("fd00:2::2")).expect("a route");
-        for host in [&self.middle, &self.balancer] {
+        for host in [&self.middle, &self.balancer, near] {
             host.sysctl("net.ipv4.ip_forward", "1").expect("a sysctl");
             host.sysctl("net.ipv6.conf.all.forwarding", "1").expect("a sysctl");
+        }
+    }
+
+    /// `10.4.0.1 =1280= 10.4.0.2` between two routers.
+    fn narrow_link(&mut self, one: Host, other: Host) {
+        self.lab.link(&one, "narrow", &other, "narrow", LinkOptions { mtu: 1280 }).expect("a narrow link");
+        for (host, last) in [(&one, 1), (&other, 2)] {
+            host.address("narrow", &format!("10.4.0.{last}/24")).expect("an address");
+            host.address("narrow", &format!("fd00:4::{last}/64")).expect("an address");
+            host.sysctl("net.ipv4.ip_forward", "1").expect("a sysctl");
+            host.sysctl("net.ipv6.conf.all.forwarding", "1").expect("a sysctl");
+        }
+        self.narrow = vec![one, other];
+    }
+
+    /// client - near =1280= middle
+    fn narrow_client(&mut self, near: Host) {
+        self.narrow_link(near, self.middle.clone());
+        route_both(&self.narrow[0], "10.4.0.2", "fd00:4::2");
+        self.middle.route("10.1.0.0/24", Via::gateway("10.4.0.1")).expect("a route");
+        self.middle.route("fd00:1::/64", Via::gateway("fd00:4::1")).expect("a route");
+    }
+
+    /// balancer 10.5.0.1 - 10.5.0.2 outer =1280= inner 10.3.0.1 - servers
+    fn narrow_servers(&mut self) {
+        assert_eq!(self.options.forward, "network");
+        let outer = self.lab.host("outer").expect("a namespace");
+        let inner = self.lab.host("inner").expect("a namespace");
+        self.lab.link(&self.balancer, "eth1", &outer, "eth0", LinkOptions::default()).expect("a link");
+        for (host, device, last) in [(&self.balancer, "eth1", 1), (&outer, "eth0", 2)] {
+            host.address(device, &format!("10.5.0.{last}/24")).expect("an address");
+            host.address(device, &format!("fd00:5::{last}/64")).expect("an address");
+        }
+        self.narrow_link(outer, inner);
+        let to_servers = |host: &Host, v4: &str, v6: &str| {
+            host.route("10.3.0.0/24", Via::gateway(v4)).expect("a route");
+            host.route("fd00:3::/64", Via::gateway(v6)).expect("a route");
+        };
+        to_servers(&self.balancer, "10.5.0.2", "fd00:5::2");
+        to_servers(&self.narrow[0], "10.4.0.2", "fd00:4::2");
+        self.balancer.route("10.4.0.0/24", Via::gateway("10.5.0.2")).expect("a route");
+        self.balancer.route("fd00:4::/64", Via::gateway("fd00:5::2")).expect("a route");
+        route_both(&self.narrow[0], "10.5.0.1", "fd00:5::1");
+        route_both(&self.narrow[1], "10.4.0.1", "fd00:4::1");
+    }
+
+    /// The host that the servers are linked to.
+    fn servers_router(&self) -> &Host {
+        match self.options.narrow {
+            Some(Narrow::Servers) => &self.narrow[1],
+            _ => &self.balancer,
         }
     }
 
     fn add_server(&mut self, number: u16) {
         let host = self.lab.host(&format!("s{number}")).expect("a namespace");
         let port = format!("back{number}");
-        self.lab.link(&self.balancer, &port, &host, "eth0", LinkOptions::default()).expect("a link");
-        self.balancer.bridge("br0", &[&port]).expect("a bridge port");
+        let router = self.servers_router();
+        self.lab.link(router, &port, &host, "eth0", LinkOptions::default()).expect("a link");
+        router.bridge("br0", &[&port]).expect("a bridge port");
         if number == 1 {
-            self.balancer.address("br0", "10.3.0.1/24").expect("an address");
-            self.balancer.address("br0", "fd00:3::1/64").expect("an address");
+            router.address("br0", "10.3.0.1/24").expect("an address");
+            router.address("br0", "fd00:3::1/64").expect("an address");
         }
         let server = Server { number, host, agent: None, programs: Vec::new() };
         let [v4, v6] = server.addresses();
@@ -273,7 +348,13 @@ impl Net {
     }
 
     pub fn start_balancer(&mut self) {
-        let config = self.write("balancer.toml", &self.balancer_config(|_| Some("up")));
+        let text = self.balancer_config(|_| Some("up"));
+        self.start_balancer_with(&text);
+    }
+
+    /// Starts the balancer with a file of the test's own.
+    pub fn start_balancer_with(&mut self, text: &str) {
+        let config = self.write("balancer.toml", text);
         self.balancer_process = Some(self.daemon(&self.balancer, "balancer", &config, &[]));
     }
 
@@ -333,6 +414,26 @@ impl Net {
         }
     }
 
+    /// Stops the balancer; what it logged last are its counters.
+    pub fn stop_balancer_and_count(&mut self) -> BalancerCounts {
+        let mut process = self.balancer_process.take().expect("the balancer runs");
+        let status = process.terminate(Duration::from_secs(10)).expect("the balancer ends");
+        let log = process.log().expect("a log");
+        assert!(status.success(), "the balancer ended with {status}:\n{log}");
+        BalancerCounts(log)
+    }
+
+    /// Lets the kernels at both ends forget path MTUs.
+    pub fn forget_paths(&self) {
+        for host in self.servers.iter().map(|server| &server.host).chain([&self.client]) {
+            for family in ["-4", "-6"] {
+                let mut command = Command::new("ip");
+                command.args([family, "route", "flush", "cache"]);
+                host.run_within(&mut command, Duration::from_secs(10)).expect("ip is installed");
+            }
+        }
+    }
+
     /// What every daemon has logged, for the message of a failing assertion.
     pub fn logs(&self) -> String {
         let children = [("shim", &self.shim), ("balancer", &self.balancer_process)];
@@ -347,6 +448,29 @@ impl Net {
             }
         }
         text
+    }
+}
+
+/// The counters of a balancer that has ended.
+#[derive(Debug)]
+pub struct BalancerCounts(String);
+
+impl BalancerCounts {
+    /// A counter, as `shunt_balancer_packets_total{decision="owner"}`.
+    pub fn of(&self, name: &str) -> u64 {
+        let lines = self.0.lines().rev();
+        let value = lines.filter_map(|line| line.trim().strip_prefix(name)?.trim().parse().ok()).next();
+        value.unwrap_or_else(|| panic!("no {name} in {}", self.0))
+    }
+
+    /// Packets by what was decided.
+    pub fn decided(&self, decision: &str) -> u64 {
+        self.of(&format!("shunt_balancer_packets_total{{decision=\"{decision}\"}}"))
+    }
+
+    /// Packets dropped for a reason.
+    pub fn dropped(&self, reason: &str) -> u64 {
+        self.of(&format!("shunt_balancer_dropped_packets_total{{reason=\"{reason}\"}}"))
     }
 }
 

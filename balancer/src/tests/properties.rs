@@ -90,6 +90,13 @@ proptest! {
     }
 
     #[test]
+    fn o15_packets_cut_into_fragments_keep_the_fuzzers_rules(bytes in any_packet(), choices in any::<[u8; 8]>()) {
+        let mut bytes = bytes;
+        bytes.extend(choices);
+        crate::fuzz::route(&bytes);
+    }
+
+    #[test]
     fn b6_the_decision_about_a_non_syn_never_depends_on_what_passed_before(
         packets in proptest::collection::vec(any_packet(), 1..8),
     ) {

@@ -10,7 +10,8 @@ use crate::config::Role;
 use crate::prefix::Family;
 use crate::testing::{close, in_namespace, run, tun};
 use crate::{
-    Change, Divert, FlagMatch, Host, HostOptions, PortRange, Prefix, QuotedMatch, SegmentMatch, nft_available,
+    Change, Divert, FlagMatch, Host, HostOptions, PacketKind, PacketMatch, PortRange, Prefix, QuotedMatch,
+    SegmentMatch, Transport, nft_available,
 };
 
 const REDIRECT: [u8; 8] = [253, 8, 0x52, 0x44, 0x10, 0, 0, 0];
@@ -268,6 +269,76 @@ fn icmp_errors_are_diverted_by_the_quoted_segment() {
             let echo = if own.contains(':') { 128 } else { 8 };
             assert!(!lab.diverts(&icmp_error(router, own, echo, &to_vip)));
             assert!(!lab.diverts(&icmp_error(router, own, kinds[0], &to_vip[..16])));
+        }
+    });
+}
+
+/// A packet as a fragment of one: the first, or a later one.
+fn fragment_of(whole: &[u8], first: bool) -> Vec<u8> {
+    let v6 = whole[0] >> 4 == 6;
+    let header = if v6 { 40 } else { 20 };
+    let mut bytes = whole.to_vec();
+    if v6 {
+        let next = std::mem::replace(&mut bytes[6], 44);
+        let length = (whole.len() - header + 8) as u16;
+        bytes[4..6].copy_from_slice(&length.to_be_bytes());
+        let field = if first { [0, 1] } else { [0, 64] };
+        bytes.splice(40..40, [next, 0, field[0], field[1], 0, 0, 0, 7]);
+        return bytes;
+    }
+    bytes[6..8].copy_from_slice(if first { &[0x20, 0] } else { &[0, 8] });
+    bytes[10..12].fill(0);
+    let sum: u32 = bytes[..20].chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
+    let checksum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    bytes[10..12].copy_from_slice(&checksum.to_be_bytes());
+    bytes
+}
+
+#[test]
+fn fragments_and_answers_without_ports_are_diverted_by_their_source() {
+    in_namespace(async || {
+        let sources: Vec<IpAddr> = ["192.0.2.1", "192.0.2.2", "2001:db8:7::1"].map(ip).into();
+        let packets = [PacketKind::Fragment, PacketKind::IcmpAnswer]
+            .map(|kind| PacketMatch { kind, source: sources.clone() });
+        let quoted = QuotedMatch { destination: sources.clone(), udp: true, ..QuotedMatch::default() };
+        let lab = Lab::new(|options| Divert {
+            mark: options.mark,
+            mask: options.mark_mask,
+            incoming: vec![SegmentMatch {
+                transport: Transport::Udp,
+                source_ports: vec![53.into()],
+                ..SegmentMatch::default()
+            }],
+            icmp: vec![quoted],
+            packets: packets.into(),
+            ..Divert::default()
+        })
+        .await;
+        for (server, other, own) in
+            [("192.0.2.2", "192.0.2.3", "10.1.0.2"), ("2001:db8:7::1", "2001:db8:7::2", "2001:db8:2::2")]
+        {
+            let udp = |from: &str, to: &str, port: u16| {
+                let datagram = [&port.to_be_bytes()[..], &[0, 99, 0, 40, 0, 0], &[0; 32]].concat();
+                packet(ip(from), ip(to), 17, datagram, 6)
+            };
+            for first in [true, false] {
+                assert!(lab.diverts(&fragment_of(&udp(server, own, 9), first)), "{server} {first}");
+                assert!(!lab.diverts(&fragment_of(&udp(other, own, 9), first)), "{other} {first}");
+            }
+            assert!(!lab.diverts(&udp(server, own, 9)));
+            assert!(lab.diverts(&udp(server, own, 53)) && lab.diverts(&udp(other, own, 53)));
+            assert!(!lab.diverts(&segment(server, own, (53, 9), 0x10, &[])));
+            let (reply, request) = if own.contains(':') { (129, 128) } else { (0, 8) };
+            let echo = |kind| icmp_error(server, own, kind, &[0; 8]);
+            assert!(lab.diverts(&echo(reply)) && !lab.diverts(&echo(request)));
+            // Errors about what went to it by TCP, by UDP, and, in IPv6, in fragments.
+            let kind = if own.contains(':') { 2 } else { 3 };
+            let quotes = [udp(own, server, 9), segment(own, server, (9, 99), 0x10, &[])];
+            for quote in &quotes {
+                let from = if own.contains(':') { "2001:db8:9::1" } else { "192.0.2.254" };
+                assert!(lab.diverts(&icmp_error(from, own, kind, quote)));
+                assert!(lab.diverts(&icmp_error(from, own, kind, &fragment_of(quote, true))));
+            }
         }
     });
 }
