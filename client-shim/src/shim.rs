@@ -174,6 +174,12 @@ fn log(event: ClientEvent) {
         ClientEvent::HandoverFailed { local, vip, service_port } => {
             tracing::info!(%local, %vip, service_port, "a handover did not complete: connection reset");
         }
+        ClientEvent::Hint { local, vip, from, to } | ClientEvent::MoveAsked { local, vip, from, to } => {
+            tracing::debug!(%local, %vip, from, %to, "the server would rather have the connection elsewhere");
+        }
+        ClientEvent::Rebound { local, vip, port } | ClientEvent::RebindFailed { local, vip, port } => {
+            tracing::debug!(%local, %vip, port, "another own port");
+        }
     }
 }
 

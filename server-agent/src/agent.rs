@@ -290,7 +290,15 @@ fn narrate(event: ServerEvent) {
         ServerEvent::HandedOver { client, asked, port } => {
             tracing::debug!(%client, %asked, port, "sent to its service port: handover");
         }
-        ServerEvent::Confirmed { client, service } => tracing::debug!(%client, %service, "confirmed"),
+        ServerEvent::Confirmed { client, service, moved_from } => {
+            tracing::debug!(%client, %service, moved_from, "confirmed");
+        }
+        ServerEvent::Redirection { client, service, to, outcome } => {
+            tracing::debug!(%client, %service, to, ?outcome, "asked to move");
+        }
+        ServerEvent::Rebound { client, service, port } => {
+            tracing::debug!(%client, %service, port, "the client has another port");
+        }
         ServerEvent::Declined { client, asked, reason } => {
             tracing::debug!(%client, %asked, ?reason, "not redirected");
         }

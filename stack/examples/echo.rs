@@ -5,7 +5,7 @@ use std::io;
 
 use shunt_stack::device::MemoryDevice;
 use shunt_stack::endpoint::{ClientOptions, Endpoint, ServerOptions};
-use shunt_stack::redirect::{ClientConfig, Continuation, ServerConfig, ServicePorts, VipConfig};
+use shunt_stack::redirect::{ClientConfig, Continuation, OnRedirect, ServerConfig, ServicePorts, VipConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[tokio::main(flavor = "current_thread")]
@@ -37,6 +37,7 @@ async fn main() -> io::Result<()> {
     let vips = vec![VipConfig {
         address: "203.0.113.10".parse().expect("an address"),
         continuation: Continuation::Auto,
+        on_redirect: OnRedirect::default(),
     }];
     let client = Endpoint::client(
         left,

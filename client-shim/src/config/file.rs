@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use shunt_host::{ConfigError, HostSettings, PortRange, Role, Source};
-use shunt_stack::redirect::{ClientConfig, Continuation, VipConfig};
+use shunt_stack::redirect::{ClientConfig, Continuation, OnRedirect, VipConfig};
 use toml::Spanned;
 
 use super::{Config, Extra, Forward, ForwardError, Hold, Mode, ProxyConfig, socket};
@@ -255,7 +255,7 @@ fn check_vips(source: &Source, vips: &[Vip]) -> Result<Vec<VipConfig>, ConfigErr
         if !seen.insert(address) {
             return fail("is configured twice");
         }
-        checked.push(VipConfig { address, continuation: vip.continuation });
+        checked.push(VipConfig { address, continuation: vip.continuation, on_redirect: OnRedirect::Hint });
     }
     Ok(checked)
 }
@@ -351,6 +351,7 @@ mod tests {
             vips: vec![VipConfig {
                 address: "203.0.113.10".parse().unwrap(),
                 continuation: Continuation::Handover,
+                on_redirect: OnRedirect::Hint,
             }],
             ports: 41_000..=41_999,
             denied_ports: vec![41_500],
@@ -363,6 +364,9 @@ mod tests {
             handover_timeout: Duration::from_secs(5),
             plain_memory: Duration::from_mins(1),
             translated_memory: Duration::from_secs(61),
+            // §4 and §5 are for who has the byte stream.
+            accept_prefixes: Vec::new(),
+            rebind_timeout: ClientConfig::default().rebind_timeout,
         };
         assert_eq!(config.client, expected);
         assert_eq!((config.hold, config.notrack), (Hold::Always, false));

@@ -9,10 +9,12 @@ use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{CongestionControl, Socket, SocketBuffer, State};
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpEndpoint};
 
+use super::control::CloseBy;
 use super::error::ConnectionError;
 use super::options::TcpOptions;
 use super::phy::{Phy, Pool};
 use super::windows::Windows;
+use crate::redirect::{ConnectionNumbers, RedirectOutcome};
 use crate::time::Instant;
 use crate::wire::{Packet, SeqNumber, TcpFlags};
 
@@ -87,9 +89,62 @@ pub(super) struct Connection {
     shut_down: bool,
     /// The sequence number of the first byte that the program writes.
     first: SeqNumber,
-    /// Bytes that the program wrote, modulo 2^32.
-    written: u32,
+    /// The peer's initial sequence number.
+    irs: Option<SeqNumber>,
+    /// Bytes that the program wrote and read.
+    pub(super) written: u64,
+    pub(super) read: u64,
+    /// How many of those written precede a place where the stream may be cut.
+    pub(super) boundary: u64,
+    /// The program has seen the end of what comes.
+    pub(super) at_end: bool,
+    /// The stream that this is a part of, or opens one for (PROTOCOL.md §4).
+    pub(super) stream: Option<ConnectionId>,
+    /// At a server: the port that the client moves from.
+    pub(super) moved_from: Option<u16>,
+    /// At a server: a redirect of it; at a client: a change of its own port.
+    pub(super) redirect: Pending<RedirectOutcome>,
+    pub(super) rebind: Pending<bool>,
+    /// Own ports besides the key's (§5).
+    pub(super) own_ports: Vec<u16>,
+    /// Reset as soon as all that was written is acknowledged (O8).
+    pub(super) reset_when_sent: bool,
+    /// Bytes of each packet kept free for an option.
+    reserved: usize,
     windows: Windows,
+}
+
+/// Something a program may wait for.
+#[derive(Debug, Default)]
+pub(super) enum Pending<T> {
+    #[default]
+    None,
+    UnderWay(Option<Waker>),
+    Done(T),
+}
+
+impl<T: Copy> Pending<T> {
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self, Pending::UnderWay(_))
+    }
+
+    /// What has come of it; `None` if nothing was begun.
+    pub(super) fn poll(&mut self, waker: &Waker) -> Poll<Option<T>> {
+        match self {
+            Pending::None => Poll::Ready(None),
+            Pending::Done(result) => Poll::Ready(Some(*result)),
+            Pending::UnderWay(waiting) => {
+                *waiting = Some(waker.clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    pub(super) fn finish(&mut self, result: T) {
+        if let Pending::UnderWay(Some(waker)) = std::mem::replace(self, Pending::Done(result)) {
+            waker.wake();
+        }
+    }
 }
 
 fn time(now: Instant) -> smoltcp::time::Instant {
@@ -147,7 +202,18 @@ impl Connection {
             orphaned: None,
             shut_down: false,
             first: SeqNumber::default(),
+            irs: None,
             written: 0,
+            read: 0,
+            boundary: 0,
+            at_end: false,
+            stream: None,
+            moved_from: None,
+            redirect: Pending::None,
+            rebind: Pending::None,
+            own_ports: Vec::new(),
+            reset_when_sent: false,
+            reserved: 0,
             windows: Windows::default(),
         }
     }
@@ -208,9 +274,14 @@ impl Connection {
         let before = self.state();
         let opened = self.windows.keep_open(packet);
         let bytes = opened.as_deref().unwrap_or(packet.bytes());
-        let mut phy = Phy { rx: Some(bytes), tx, room: 0, mtu: self.mtu, pool };
+        let mut phy = Phy { rx: Some(bytes), tx, room: 0, mtu: self.mtu - self.reserved, pool };
         self.interface.poll_ingress_single(time(now), &mut phy, &mut self.sockets);
         self.heard = now;
+        if matches!(before, State::Listen | State::SynSent)
+            && let Some(tcp) = packet.tcp().filter(|tcp| tcp.flags().contains(TcpFlags::SYN))
+        {
+            self.irs = Some(tcp.seq());
+        }
         let reset = packet.tcp().is_some_and(|tcp| tcp.flags().contains(TcpFlags::RST));
         let over = matches!(self.state(), State::Closed | State::Listen);
         // In TIME-WAIT both directions have ended as they should.
@@ -238,7 +309,7 @@ impl Connection {
 
     /// Whether all that the program wrote has been sent once.
     fn all_sent(&self) -> bool {
-        self.sent.is_some_and(|sent| !(self.first + self.written).after(sent.snd_nxt))
+        self.sent.is_some_and(|sent| !(self.first + self.written as u32).after(sent.snd_nxt))
     }
 
     /// What the socket wants to send, as far as there is room in `tx`; false if it stopped for lack of room.
@@ -253,7 +324,7 @@ impl Connection {
             return true;
         }
         loop {
-            let mut phy = Phy { rx: None, tx, room, mtu: self.mtu, pool };
+            let mut phy = Phy { rx: None, tx, room, mtu: self.mtu - self.reserved, pool };
             let result = self.interface.poll_egress(time(now), &mut phy, &mut self.sockets);
             if result == PollResult::None {
                 return tx.len() < room || !self.wants_now(now);
@@ -334,8 +405,65 @@ impl Connection {
             return false;
         }
         self.mtu = mtu;
-        self.interface = interface(now, self.key.local.ip(), mtu, self.seed);
+        self.interface = interface(now, self.key.local.ip(), mtu - self.reserved, self.seed);
         true
+    }
+
+    /// Makes its segments small enough for `bytes` of option each (W3).
+    pub(super) fn reserve(&mut self, now: Instant, bytes: usize) {
+        self.reserved = bytes;
+        self.interface = interface(now, self.key.local.ip(), self.mtu - bytes, self.seed);
+    }
+
+    /// Bytes that have come in order.
+    pub(super) fn received(&self) -> u64 {
+        self.read + self.socket().recv_queue() as u64
+    }
+
+    /// Whether all that was written has been acknowledged.
+    pub(super) fn all_acknowledged(&self) -> bool {
+        self.socket().send_queue() == 0
+    }
+
+    /// Where the TCP stands, once it is synchronised (§4).
+    pub(super) fn numbers(&self) -> Option<ConnectionNumbers> {
+        if !self.is_synchronised() {
+            return None;
+        }
+        let fin =
+            matches!(self.state(), State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
+        let (snd_una, max_window) = self.windows.acknowledged()?;
+        Some(ConnectionNumbers {
+            snd_una,
+            snd_nxt: self.windows.snd_nxt()?,
+            max_window,
+            rcv_nxt: self.irs? + 1 + self.received() as u32 + u32::from(fin),
+            window: self.sent?.window,
+            // smoltcp does not use them here.
+            timestamps: None,
+        })
+    }
+
+    /// Ends the part of a stream that has moved by RST, once nothing that was written can be lost (O8).
+    pub(super) fn reset_when_sent(&mut self) -> bool {
+        let due = self.reset_when_sent && self.is_open() && self.all_acknowledged();
+        if due {
+            self.socket_mut().abort();
+        }
+        due
+    }
+
+    /// Takes no more bytes of the program; the part ends as `close_by` says, behind what was written.
+    pub(super) fn close_part(&mut self, close_by: CloseBy) {
+        match close_by {
+            CloseBy::Fin => self.shut_down(),
+            CloseBy::Reset => self.reset_when_sent = true,
+        }
+    }
+
+    /// The port of the peer on the wire.
+    pub(super) fn present_port(&self) -> u16 {
+        self.redirected_to.unwrap_or(self.key.peer.port())
     }
 
     /// Whether `seq` may be one of a segment in flight: what an ICMP error must quote (RFC 5927 §4.1).
@@ -354,6 +482,11 @@ impl Connection {
     pub(super) fn abort(&mut self, error: ConnectionError) {
         self.fail(error);
         self.socket_mut().abort();
+    }
+
+    /// Whether the program has ended its half.
+    pub(super) fn is_shut_down(&self) -> bool {
+        self.shut_down
     }
 
     /// FIN behind what was written. In LAST-ACK smoltcp overlooks window updates: there it must not go before all data
@@ -399,6 +532,7 @@ impl Connection {
     ) -> Poll<Result<usize, ConnectionError>> {
         if self.socket().can_recv() {
             let read = self.socket_mut().recv_slice(out).unwrap_or(0);
+            self.read += read as u64;
             return Poll::Ready(Ok(read));
         }
         if self.socket().may_recv() {
@@ -428,7 +562,7 @@ impl Connection {
                 Poll::Pending
             }
             Ok(written) => {
-                self.written = self.written.wrapping_add(written as u32);
+                self.written += written as u64;
                 Poll::Ready(Ok(written))
             }
             Err(_) => Poll::Ready(Err(ConnectionError::Reset)),

@@ -6,7 +6,6 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::Hasher;
 use std::net::{IpAddr, SocketAddr};
-use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -16,10 +15,11 @@ use super::connection::{Connection, ConnectionId, Key, Limits, Phase};
 use super::error::{ConnectionError, EndpointError};
 use super::listeners::Listeners;
 use super::machine::Machine;
+use super::moves::{Moving, Stream};
 use super::options::{ClientOptions, EndpointCounters, ServerOptions};
 use super::phy::Pool;
 use super::ports::Ports;
-use crate::redirect::{Action, Client, ClientEvent, PathId, Server, ServicePorts, Towards};
+use crate::redirect::{Action, Client, PathId, Server, ServicePorts, Towards};
 use crate::time::Instant;
 use crate::wire::{Offload, Packet};
 
@@ -36,7 +36,7 @@ pub struct Connections {
     pub(super) limits: Limits,
     mtu: usize,
     addresses: Vec<IpAddr>,
-    ports: Option<Ports>,
+    pub(super) ports: Option<Ports>,
     /// Secret of the ISNs.
     key: [u8; 16],
     next: u64,
@@ -50,6 +50,12 @@ pub struct Connections {
     /// Client connections that ended since the last sweep.
     ended: Vec<Key>,
     sweep_at: Option<Instant>,
+    /// Streams that move, or whose programs ask about it, by their first connection (PROTOCOL.md §4).
+    pub(super) streams: HashMap<ConnectionId, Stream>,
+    /// Streams of which a part was served.
+    pub(super) due: Vec<ConnectionId>,
+    pub(super) move_timers: BTreeSet<(Instant, ConnectionId)>,
+    pub(super) moving: Moving,
     pub(super) scratch: Vec<BytesMut>,
     /// What the server's machine redirects from and to.
     pub(super) services: Vec<ServicePorts>,
@@ -61,12 +67,14 @@ impl Connections {
     /// The connecting end over a device of this MTU. `key` is secret and random: sequence numbers and ports follow
     /// from it.
     pub fn client(options: ClientOptions, mtu: usize, key: [u8; 16]) -> Connections {
-        let ClientOptions { mut redirect, addresses, ports, connect_timeout, tcp } = options;
+        let moving = Moving::of(&options);
+        let ClientOptions { mut redirect, addresses, ports, connect_timeout, tcp, .. } = options;
         redirect.mtu = mtu;
         let limits = Limits { tcp, connect_timeout, half_open_lifetime: Duration::ZERO };
         let mut connections =
             Connections::new(Machine::client(Client::new(redirect)), limits, mtu, key, Listeners::new(0, 0));
         connections.addresses = addresses;
+        connections.moving = moving;
         connections.ports = Some(Ports::new(ports, connections.random(u64::MAX)));
         connections
     }
@@ -107,6 +115,10 @@ impl Connections {
             out: VecDeque::new(),
             ended: Vec::new(),
             sweep_at: None,
+            streams: HashMap::new(),
+            due: Vec::new(),
+            move_timers: BTreeSet::new(),
+            moving: Moving::default(),
             scratch: Vec::new(),
             services: Vec::new(),
             pool: Pool::default(),
@@ -191,11 +203,19 @@ impl Connections {
             self.counters.other_packets += 1;
         } else if !packet.checksum_ok() {
             self.counters.bad_checksums += 1;
-        } else if self.machine.handle_remote(now, &mut packet) == Action::Pass {
+        } else if self.machine_takes(now, &mut packet) {
             self.deliver(now, &packet);
         }
         self.pool.give(packet.into_buffer());
         self.drain_machine(now);
+        self.advance_due(now);
+    }
+
+    /// Whether the machine lets a packet of the network through; it may ask where a connection stands.
+    fn machine_takes(&mut self, now: Instant, packet: &mut Packet) -> bool {
+        let (keys, connections) = (&self.keys, &self.connections);
+        let numbers = |local, peer| connections.get(keys.get(&Key { local, peer })?)?.numbers();
+        self.machine.handle_remote(now, packet, &numbers) == Action::Pass
     }
 
     /// Lets pass what `now` makes due. Call it at the deadline and after calls of programs, before fetching packets.
@@ -225,6 +245,11 @@ impl Connections {
             self.sweep();
         }
         self.drain_machine(now);
+        while let Some((at, head)) = self.move_timers.first().copied().filter(|(at, _)| *at <= now) {
+            self.move_timers.remove(&(at, head));
+            self.advance(now, head);
+        }
+        self.advance_due(now);
     }
 
     /// The next packet for the network.
@@ -234,11 +259,12 @@ impl Connections {
 
     /// When [`handle_timeout`](Self::handle_timeout) wants to be called; [`Instant::ZERO`]: at once.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        if !self.out.is_empty() || !self.ready.is_empty() {
+        if !self.out.is_empty() || !self.ready.is_empty() || !self.due.is_empty() {
             return Some(Instant::ZERO);
         }
         let connection = self.timers.first().map(|(at, _)| *at);
-        [self.machine.poll_timeout(), connection, self.sweep_at].into_iter().flatten().min()
+        let stream = self.move_timers.first().map(|(at, _)| *at);
+        [self.machine.poll_timeout(), connection, stream, self.sweep_at].into_iter().flatten().min()
     }
 
     /// Begins to connect to a VIP and port, or to any other address.
@@ -272,7 +298,7 @@ impl Connections {
         Ok(id)
     }
 
-    fn take_port(&mut self, peer: SocketAddr) -> Result<SocketAddr, EndpointError> {
+    pub(super) fn take_port(&mut self, peer: SocketAddr) -> Result<SocketAddr, EndpointError> {
         let ports = self.ports.as_mut().ok_or(EndpointError::Role)?;
         let mut error = EndpointError::NoAddress(peer);
         for address in self.addresses.iter().filter(|address| address.is_ipv4() == peer.is_ipv4()) {
@@ -316,6 +342,7 @@ impl Connections {
             self.counters.timed_out += 1;
         }
         connection.end_orphan();
+        connection.reset_when_sent();
         let done = connection.transmit(now, room, &mut self.scratch, &mut self.pool);
         self.emit(now, id);
         // Seen in the order of sending: a FIN may follow now.
@@ -323,6 +350,9 @@ impl Connections {
         self.settle(now, id);
         if !done || finished {
             self.wake(id);
+        }
+        if let Some(head) = self.connections.get(&id).and_then(|connection| connection.stream) {
+            self.due.push(head);
         }
     }
 
@@ -398,9 +428,12 @@ impl Connections {
         }
         let released = connection.released;
         if self.keys.get(&key) == Some(&id) {
+            self.forget_in_machine(now, key);
             self.keys.remove(&key);
             if self.ports.is_some() {
-                self.ended.push(key);
+                let own = self.connections.get(&id).into_iter().flat_map(|connection| &connection.own_ports);
+                let own = own.map(|port| Key { local: SocketAddr::new(key.local.ip(), *port), ..key });
+                self.ended.extend(own.chain([key]));
                 self.sweep_at.get_or_insert(now + SWEEP_INTERVAL);
             }
         }
@@ -441,24 +474,7 @@ impl Connections {
                 Towards::Local => self.deliver(now, &transmit.packet),
             }
         }
-        match &mut self.machine {
-            Machine::Client { client, .. } => {
-                while let Some(event) = client.poll_event() {
-                    tracing::debug!(?event, "connect");
-                    if let ClientEvent::Redirected { local, vip, service_port, .. } = event
-                        && let Some(id) = self.keys.get(&Key { local, peer: vip })
-                        && let Some(connection) = self.connections.get_mut(id)
-                    {
-                        connection.redirected_to = Some(service_port);
-                    }
-                }
-            }
-            Machine::Server(server) => {
-                while let Some(event) = server.poll_event() {
-                    tracing::debug!(?event, "redirect");
-                }
-            }
-        }
+        self.drain_events(now);
     }
 
     /// Counts packets that the device did not take.
@@ -478,78 +494,8 @@ impl Connections {
             self.serve(now, id);
         }
         self.listeners.clear();
-    }
-
-    /// The two ends of a connection, as the program sees them: local, peer.
-    pub fn ends(&self, id: ConnectionId) -> Option<(SocketAddr, SocketAddr)> {
-        self.connections.get(&id).map(|connection| (connection.key.local, connection.key.peer))
-    }
-
-    /// The service port that a connection was redirected to, as soon as that is certain.
-    pub fn redirected_to(&self, id: ConnectionId) -> Option<u16> {
-        self.connections.get(&id)?.redirected_to
-    }
-
-    /// Waits for the end of a connect.
-    pub fn poll_connected(&mut self, id: ConnectionId, waker: &Waker) -> Poll<Result<(), ConnectionError>> {
-        match self.connections.get_mut(&id) {
-            Some(connection) => connection.poll_connected(waker),
-            None => Poll::Ready(Err(ConnectionError::Aborted)),
-        }
-    }
-
-    /// Reads; 0 at the end of the stream.
-    pub fn poll_read(
-        &mut self,
-        id: ConnectionId,
-        out: &mut [u8],
-        waker: &Waker,
-    ) -> Poll<Result<usize, ConnectionError>> {
-        let Some(connection) = self.connections.get_mut(&id) else {
-            return Poll::Ready(Err(ConnectionError::Aborted));
-        };
-        let result = connection.poll_read(out, waker);
-        if let Poll::Ready(Ok(1..)) = result {
-            // The window has opened.
-            self.wake(id);
-        }
-        result
-    }
-
-    /// Writes at least one byte, unless `data` is empty.
-    pub fn poll_write(
-        &mut self,
-        id: ConnectionId,
-        data: &[u8],
-        waker: &Waker,
-    ) -> Poll<Result<usize, ConnectionError>> {
-        let Some(connection) = self.connections.get_mut(&id) else {
-            return Poll::Ready(Err(ConnectionError::Aborted));
-        };
-        let result = connection.poll_write(data, waker);
-        if let Poll::Ready(Ok(_)) = result {
-            self.wake(id);
-        }
-        result
-    }
-
-    /// Ends the program's half of the stream behind what it wrote.
-    pub fn shut_down(&mut self, id: ConnectionId) {
-        if let Some(connection) = self.connections.get_mut(&id) {
-            connection.shut_down();
-            self.wake(id);
-        }
-    }
-
-    /// The program is done with the connection: it closes in the background, or is reset if there is unread data.
-    pub fn release(&mut self, now: Instant, id: ConnectionId) {
-        if let Some(connection) = self.connections.get_mut(&id) {
-            connection.release();
-            if connection.is_over() {
-                self.remove(now, id);
-            } else {
-                self.wake(id);
-            }
+        for stream in self.streams.values_mut() {
+            stream.wake_all();
         }
     }
 }

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 
 use thiserror::Error;
 
+use crate::redirect::{RebindError, RedirectError};
+
 /// Why a connection is no more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Error)]
 pub enum ConnectionError {
@@ -63,6 +65,15 @@ pub enum EndpointError {
     /// A client endpoint cannot listen, a server endpoint not connect.
     #[error("an endpoint of the other role is needed for this")]
     Role,
+    /// The connection is no more.
+    #[error("the connection is over")]
+    Over,
+    /// A mid-connection redirect could not begin.
+    #[error(transparent)]
+    Redirect(#[from] RedirectError),
+    /// The own port could not be changed.
+    #[error(transparent)]
+    Rebind(#[from] RebindError),
 }
 
 impl From<EndpointError> for io::Error {
@@ -72,7 +83,18 @@ impl From<EndpointError> for io::Error {
             EndpointError::Unusable(_) => io::ErrorKind::InvalidInput,
             EndpointError::TooMany(_) => io::ErrorKind::QuotaExceeded,
             EndpointError::InUse(_) => io::ErrorKind::AddrInUse,
-            EndpointError::Role => io::ErrorKind::Unsupported,
+            EndpointError::Role
+            | EndpointError::Redirect(RedirectError::NoServicePort(_))
+            | EndpointError::Rebind(RebindError::Translated | RebindError::NotRedirected) => {
+                io::ErrorKind::Unsupported
+            }
+            EndpointError::Over => io::ErrorKind::NotConnected,
+            EndpointError::Redirect(RedirectError::Target(_)) => io::ErrorKind::InvalidInput,
+            EndpointError::Redirect(RedirectError::TooMany(_)) => io::ErrorKind::QuotaExceeded,
+            EndpointError::Redirect(RedirectError::UnderWay) | EndpointError::Rebind(RebindError::Busy) => {
+                io::ErrorKind::ResourceBusy
+            }
+            EndpointError::Rebind(RebindError::Port(_)) => io::ErrorKind::AddrInUse,
         };
         io::Error::new(kind, error)
     }

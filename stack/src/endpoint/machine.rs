@@ -1,7 +1,7 @@
 //! The redirect machine under an endpoint, whichever end it is.
 
 use crate::redirect::reply::{self, Limiter};
-use crate::redirect::{Action, Client, Server, Transmit};
+use crate::redirect::{Action, Client, NumbersOf, Server, Transmit};
 use crate::time::Instant;
 use crate::wire::Packet;
 
@@ -25,10 +25,15 @@ impl Machine {
         }
     }
 
-    pub(super) fn handle_remote(&mut self, now: Instant, packet: &mut Packet) -> Action {
+    pub(super) fn handle_remote(
+        &mut self,
+        now: Instant,
+        packet: &mut Packet,
+        numbers: NumbersOf<'_>,
+    ) -> Action {
         match self {
-            Machine::Client { client, .. } => client.handle_remote(now, packet),
-            Machine::Server(server) => server.handle_remote(now, packet),
+            Machine::Client { client, .. } => client.handle_remote_knowing(now, packet, numbers),
+            Machine::Server(server) => server.handle_remote_knowing(now, packet, numbers),
         }
     }
 

@@ -5,17 +5,23 @@
 //! own, found by address and port in a map. [`Endpoint`] runs it over a [`Device`] in one task. Nothing here grows
 //! without bound: connections, half-open ones, backlogs, buffers and packets under way all have limits.
 //!
+//! A client's stream may go through several connections, one after the other: when its server asks for another
+//! (PROTOCOL.md §4) and the VIP's redirects are followed, the stream is cut where [`MoveAt`] allows it.
+//!
 //! It does not do what smoltcp does not: SACK-based recovery, PAWS, SYN cookies, fragments. Moving a connection
 //! without a SYN (PROTOCOL.md, M) is not there.
 
 mod arrival;
+mod calls;
 mod connection;
 mod connections;
+mod control;
 mod driver;
 mod error;
 mod listener;
 mod listeners;
 mod machine;
+mod moves;
 mod options;
 mod phy;
 mod ports;
@@ -34,6 +40,7 @@ use tokio::sync::Notify;
 
 pub use self::connection::ConnectionId;
 pub use self::connections::Connections;
+pub use self::control::{CloseBy, MoveAt, MoveError, MoveEvent, StreamControl};
 pub use self::error::{ConnectionError, EndpointError};
 pub use self::listener::TcpListener;
 pub use self::options::{ClientOptions, EndpointCounters, ServerOptions, TcpOptions};
@@ -41,7 +48,7 @@ pub use self::stream::TcpStream;
 
 use self::shared::{Closing, Shared};
 use crate::device::Device;
-use crate::redirect::{ClientCounters, PathId, ServerCounters};
+use crate::redirect::{ClientCounters, PathId, PathState, ServerCounters};
 
 /// The least MTU of a device under an endpoint: that of IPv4 hosts (RFC 1122 §3.3.3). IPv6 wants 1280.
 const LEAST_MTU: usize = 576;
@@ -160,6 +167,12 @@ impl Endpoint {
     /// Says by which way a client reaches a VIP now: what is learnt of paths is kept apart by it. Nothing at a server.
     pub fn set_path(&self, vip: IpAddr, path: PathId) {
         self.shared().lock().connections.set_path(vip, path);
+    }
+
+    /// What a client knows of the present way to a VIP; nothing at a server.
+    pub fn path(&self, vip: IpAddr) -> PathState {
+        let state = self.shared().lock();
+        state.connections.redirect_client().map_or(PathState::Unknown, |client| client.path(vip))
     }
 
     /// What the endpoint has counted.

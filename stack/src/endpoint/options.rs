@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::control::{CloseBy, MoveAt};
 use crate::redirect::{ClientConfig, ServerConfig};
 
 /// Bounds of the TCP under an endpoint.
@@ -54,6 +55,15 @@ pub struct ClientOptions {
     pub ports: RangeInclusive<u16>,
     /// How long a connect may take.
     pub connect_timeout: Duration,
+    /// Where a byte stream may be cut when its server asks for another (PROTOCOL.md §4); only of VIPs whose
+    /// [`OnRedirect`](crate::redirect::OnRedirect) is `Follow`.
+    pub move_at: MoveAt,
+    /// How the part at the old server is closed.
+    pub close_by: CloseBy,
+    /// How long the new server may take to confirm before the stream stays where it is.
+    pub move_timeout: Duration,
+    /// How long a server's wish waits for a place to cut.
+    pub move_patience: Duration,
     /// Bounds of the TCP.
     pub tcp: TcpOptions,
 }
@@ -65,6 +75,10 @@ impl Default for ClientOptions {
             addresses: Vec::new(),
             ports: 32_768..=60_999,
             connect_timeout: Duration::from_secs(30),
+            move_at: MoveAt::default(),
+            close_by: CloseBy::default(),
+            move_timeout: Duration::from_secs(5),
+            move_patience: Duration::from_secs(30),
             tcp: TcpOptions::default(),
         }
     }
@@ -130,4 +144,8 @@ pub struct EndpointCounters {
     pub mtu_lowered: u64,
     /// Packets that the device did not take.
     pub unsent: u64,
+    /// Streams that went on at another server (PROTOCOL.md §4).
+    pub moves: u64,
+    /// Moves that were given up: the stream stayed.
+    pub moves_failed: u64,
 }

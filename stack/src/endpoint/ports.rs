@@ -34,6 +34,11 @@ impl Ports {
         None
     }
 
+    /// Takes `local` itself; false if it is out of range or in use.
+    pub(super) fn take_exact(&mut self, local: SocketAddr, vip: IpAddr) -> bool {
+        self.range.contains(&local.port()) && self.used.insert((local, vip))
+    }
+
     /// Gives a port back.
     pub(super) fn release(&mut self, local: SocketAddr, vip: IpAddr) {
         self.used.remove(&(local, vip));

@@ -10,7 +10,9 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::connection::ConnectionId;
+use super::control::StreamControl;
 use super::shared::Shared;
+use crate::redirect::RedirectOutcome;
 
 /// A TCP connection of an [`Endpoint`](super::Endpoint).
 ///
@@ -35,7 +37,7 @@ impl TcpStream {
         Ok(())
     }
 
-    /// The own address and port.
+    /// The own address and port with which the stream was opened; a moved stream uses others on the wire.
     pub fn local_addr(&self) -> SocketAddr {
         self.local
     }
@@ -49,6 +51,30 @@ impl TcpStream {
     /// shown that it works (`C10`).
     pub fn redirected_to(&self) -> Option<u16> {
         self.shared.lock().connections.redirected_to(self.id)
+    }
+
+    /// At a server: the service port of the server that the client comes from, where this connection continues a
+    /// stream that was redirected (PROTOCOL.md §4).
+    pub fn moved_from(&self) -> Option<u16> {
+        self.shared.lock().connections.moved_from(self.id)
+    }
+
+    /// Follows and steers the stream's moves, also while its halves are used elsewhere.
+    pub fn control(&self) -> StreamControl {
+        StreamControl { shared: Arc::clone(&self.shared), id: self.id }
+    }
+
+    /// At a client: the stream may be cut here ([`StreamControl::mark_boundary`]).
+    pub fn mark_boundary(&self) {
+        self.control().mark_boundary();
+    }
+
+    /// At a server: asks the client to go on at another port ([`StreamControl::redirect`]).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn redirect(&self, port: u16) -> io::Result<RedirectOutcome> {
+        self.control().redirect(port).await
     }
 }
 
@@ -86,7 +112,8 @@ impl AsyncWrite for TcpStream {
 
     /// Does not wait for the peer.
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.shared.lock().connections.shut_down(self.id);
+        let now = self.shared.now();
+        self.shared.lock().connections.shut_down(now, self.id);
         self.shared.work.notify_one();
         Poll::Ready(Ok(()))
     }

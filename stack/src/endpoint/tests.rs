@@ -5,7 +5,7 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use super::*;
-use crate::redirect::{ClientConfig, Continuation, ServerConfig, ServicePorts, VipConfig};
+use crate::redirect::{ClientConfig, Continuation, OnRedirect, ServerConfig, ServicePorts, VipConfig};
 use crate::time::Instant;
 use crate::wire::{Offload, Packet, Segment, SeqNumber, TcpFlags, icmp_message};
 
@@ -28,7 +28,11 @@ fn server() -> Connections {
 }
 
 fn client() -> Connections {
-    let vips = vec![VipConfig { address: VIP.parse().unwrap(), continuation: Continuation::Plain }];
+    let vips = vec![VipConfig {
+        address: VIP.parse().unwrap(),
+        continuation: Continuation::Plain,
+        on_redirect: OnRedirect::default(),
+    }];
     let options = ClientOptions {
         redirect: ClientConfig { vips, ..Default::default() },
         addresses: vec!["192.0.2.1".parse().unwrap()],

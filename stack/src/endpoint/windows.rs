@@ -12,8 +12,9 @@
 
 use bytes::BytesMut;
 
+use crate::redirect::window_scale;
 use crate::wire::checksum::Sum;
-use crate::wire::{Packet, SeqNumber, TcpFlags, TcpOption, TcpView};
+use crate::wire::{Packet, SeqNumber, TcpFlags, TcpView};
 
 /// What both ends of a connection offer each other.
 #[derive(Debug, Clone, Copy, Default)]
@@ -25,6 +26,8 @@ pub(super) struct Windows {
     peer: Option<Peer>,
     /// Behind the last byte sent, without what only probed a closed window.
     sent: Option<SeqNumber>,
+    /// MAX.SND.WND.
+    largest: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -46,6 +49,11 @@ impl Windows {
             Some(Peer { offered, una, .. }) if sent.after(offered) => offered.max(una),
             _ => sent,
         })
+    }
+
+    /// (SND.UNA, MAX.SND.WND), once the peer has acknowledged our SYN.
+    pub(super) fn acknowledged(&self) -> Option<(SeqNumber, u32)> {
+        self.peer.map(|peer| (peer.una, self.largest))
     }
 
     /// The scales of our window and the peer's, if both ends scale.
@@ -94,6 +102,7 @@ impl Windows {
             0 => u16::try_from(under_way.div_ceil(1 << scale)).unwrap_or(u16::MAX),
             window => window,
         };
+        self.largest = self.largest.max(u32::from(tcp.window()) << scale);
         let edge = |window: u16| ack + (u32::from(window) << scale);
         let offered = self.peer.map_or(edge(tcp.window()), |peer| peer.offered.max(edge(tcp.window())));
         self.peer = Some(Peer { una: ack, offered, shown: edge(window) });
@@ -132,14 +141,6 @@ impl Windows {
         let sum = change.update(u16::from_be_bytes([header[16], header[17]]));
         header[16..18].copy_from_slice(&sum.to_be_bytes());
     }
-}
-
-/// RFC 7323 §2.3: no more than 14.
-fn window_scale(tcp: &TcpView<'_>) -> Option<u8> {
-    tcp.options().flatten().find_map(|option| match option {
-        TcpOption::WindowScale(scale) => Some(scale.min(14)),
-        _ => None,
-    })
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::draw::{CLIENT_PORTS, Draw, Ends, MAX_STEPS, PORTS, vip};
 use super::invariants::{Snapshot, parses, well_made};
 use crate::redirect::{
-    Action, Client, ClientConfig, ClientCounters, Continuation, FlowRecord, Towards, VipConfig,
+    Action, Client, ClientConfig, ClientCounters, Continuation, FlowRecord, OnRedirect, Towards, VipConfig,
 };
 use crate::time::Instant;
 use crate::wire::{DEFAULT_EXID, Packet, Segment, TcpFlags, TcpOption, TcpView};
@@ -16,6 +16,7 @@ use crate::wire::{DEFAULT_EXID, Packet, Segment, TcpFlags, TcpOption, TcpView};
 const MAX_BURST: usize = 64;
 const CONTINUATIONS: [Continuation; 4] =
     [Continuation::Auto, Continuation::Handover, Continuation::Reconnect, Continuation::Plain];
+const ON_REDIRECT: [OnRedirect; 3] = [OnRedirect::Hint, OnRedirect::Follow, OnRedirect::Ignore];
 const MTUS: [usize; 4] = [1500, 1280, 96, 65_535];
 
 /// Two bytes of configuration, then steps of one byte each and what they need: segments of either side, ICMP errors
@@ -63,8 +64,11 @@ impl World {
     fn new(draw: &mut Draw<'_>) -> World {
         let [first, second] = [draw.byte(), draw.byte()];
         let continuation = |index: u8| CONTINUATIONS[usize::from(first >> (2 * index) & 3)];
-        let vips = [(true, 0), (true, 1), (false, 0), (false, 1)]
-            .map(|(v4, index)| VipConfig { address: vip(v4, index), continuation: continuation(index) });
+        let vips = [(true, 0), (true, 1), (false, 0), (false, 1)].map(|(v4, index)| VipConfig {
+            address: vip(v4, index),
+            continuation: continuation(index),
+            on_redirect: ON_REDIRECT[usize::from(second >> 5) % ON_REDIRECT.len()],
+        });
         let config = ClientConfig {
             vips: vips.to_vec(),
             denied_ports: vec![PORTS[5]],

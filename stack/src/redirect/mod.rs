@@ -1,19 +1,26 @@
-//! The two ends of port redirection as sans-IO machines: [`Client`] and [`Server`] (PROTOCOL.md §3).
+//! The two ends of port redirection as sans-IO machines: [`Client`] and [`Server`] (PROTOCOL.md §3 to §5).
 //!
 //! Both stand between a TCP that knows nothing of redirection (*local*) and the network. The driver hands every packet
 //! of either direction in, sends on what it is told to, then drains `poll_transmit` and waits until `poll_timeout`.
 //! No socket, clock or random source inside.
 
+mod announce;
 mod client;
+mod numbers;
 pub(crate) mod reply;
 mod server;
 
 pub use client::{
-    Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, PathId, PathState,
-    PlainReason, VipConfig,
+    Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, OnRedirect, PathId,
+    PathState, PlainReason, Prefix, RebindError, VipConfig,
 };
+pub(crate) use numbers::window_scale;
+pub use numbers::{ConnectionNumbers, NumbersOf, Timestamps};
 pub use reply::{Limiter, can_answer};
-pub use server::{DeclineReason, Server, ServerConfig, ServerCounters, ServerEvent, ServicePorts};
+pub use server::{
+    DeclineReason, RedirectError, RedirectOutcome, Server, ServerConfig, ServerCounters, ServerEvent,
+    ServicePorts, Silence,
+};
 
 use crate::wire::Packet;
 

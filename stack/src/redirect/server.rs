@@ -1,8 +1,9 @@
-//! The server's end: rules `S1` to `S8`.
+//! The server's end: rules `S1` to `S8`, and its part of PROTOCOL.md §4 and §5.
 //!
 //! A SYN(R C) to X is answered from the SYN alone. A SYN(R) to X is turned to Y and its SYN-ACK sent from X; a SYN(R) to
 //! Y gets C on its SYN-ACK. Between SYN and SYN-ACK a bounded table remembers the port asked; after that nothing does,
-//! and no other segment is ever changed. It does not speak TCP: that is the local TCP's business, in the kernel or not.
+//! and no other segment is changed but those of connections that are asked to move (§4) or whose client has changed its
+//! port (§5). It does not speak TCP: that is the local TCP's business, in the kernel or not.
 //!
 //! A SYN-ACK in which the option does not fit (no Linux one: it has 20 bytes free) goes out from X without it. The
 //! client does not pass that up but asks plainly at once (`C2`), and the half-open connection is reset: slower by a
@@ -11,14 +12,21 @@
 mod answer;
 mod config;
 mod half_open;
+mod rebind;
+mod redirection;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
+use std::time::Duration;
 
-pub use config::{DeclineReason, ServerConfig, ServerCounters, ServerEvent, ServicePorts};
+pub use config::{
+    DeclineReason, RedirectError, RedirectOutcome, ServerConfig, ServerCounters, ServerEvent, ServicePorts,
+    Silence,
+};
 
+use super::numbers::{NumbersOf, unknown};
 use super::reply::{self, Limiter};
 use super::{Action, Towards, Transmit};
 use crate::time::Instant;
@@ -27,6 +35,8 @@ use crate::wire::{
 };
 use answer::Answerer;
 use half_open::{HalfOpen, HalfOpenTable, Key};
+use rebind::Rebind;
+use redirection::Redirection;
 
 /// Packets of our own that wait for the driver, at most.
 const TRANSMIT_QUEUE: usize = 64;
@@ -54,6 +64,17 @@ pub struct Server {
     /// Sockets whose SYNs are sent to another server's port (`S2`).
     elsewhere: BTreeMap<SocketAddr, u16>,
     half_open: HalfOpenTable,
+    redirect_timeout: Duration,
+    on_silence: Silence,
+    redirect_limit: usize,
+    /// Connections that are asked to move (§4).
+    redirections: HashMap<Key, Redirection>,
+    /// Connections whose client has changed its port (§5), and their keys on the wire.
+    rebinds: HashMap<Key, Rebind>,
+    rebound: HashMap<Key, SocketAddr>,
+    /// When something of a connection is due, and the same by connection.
+    timers: BTreeSet<(Instant, Key)>,
+    deadlines: HashMap<Key, Instant>,
     challenges: Limiter,
     resets: Limiter,
     transmits: VecDeque<Transmit>,
@@ -74,6 +95,14 @@ impl Server {
             deaf: BTreeSet::new(),
             elsewhere: BTreeMap::new(),
             half_open: HalfOpenTable::new(config.half_open_limit, config.half_open_lifetime),
+            redirect_timeout: config.redirect_timeout,
+            on_silence: config.on_silence,
+            redirect_limit: config.redirect_limit,
+            redirections: HashMap::new(),
+            rebinds: HashMap::new(),
+            rebound: HashMap::new(),
+            timers: BTreeSet::new(),
+            deadlines: HashMap::new(),
             challenges: Limiter::new(config.replies_per_second),
             resets: Limiter::new(config.replies_per_second),
             transmits: VecDeque::new(),
@@ -123,6 +152,17 @@ impl Server {
 
     /// A packet from the network towards our TCP.
     pub fn handle_remote(&mut self, now: Instant, packet: &mut Packet) -> Action {
+        self.handle_remote_knowing(now, packet, &unknown)
+    }
+
+    /// As [`handle_remote`](Self::handle_remote), for a driver that owns the local TCP: `numbers` gives those of the
+    /// connection (service, client) right now; it is asked only about segments that ask for something (§5).
+    pub fn handle_remote_knowing(
+        &mut self,
+        now: Instant,
+        packet: &mut Packet,
+        numbers: NumbersOf<'_>,
+    ) -> Action {
         if packet.fragment().is_some() {
             return self.pass();
         }
@@ -134,21 +174,51 @@ impl Server {
                     None => self.pass(),
                 }
             }
-            Some(_) => self.pass(),
+            Some(_) => self.on_segment(now, packet, numbers),
             None => self.on_icmp(now, packet),
         }
     }
 
+    /// A segment of the network that is no SYN.
+    fn on_segment(&mut self, now: Instant, packet: &mut Packet, numbers: NumbersOf<'_>) -> Action {
+        let Some(key) = self.on_rebound_remote(now, packet) else { return self.pass() };
+        if self.redirections.contains_key(&key) {
+            self.on_redirection_remote(key, packet);
+        }
+        let asks = packet.tcp().filter(|tcp| tcp.header_len() > 20 && self.ports.contains_key(&key.service));
+        match asks.map(|tcp| tcp.redirect(self.exid)) {
+            // A handover says R C; a client that wants another own port R alone.
+            Some(Ok(Some(RedirectOption { redirect: true, confirm: false, port: Some(port), .. }))) => {
+                self.on_rebind_asked(now, key, packet, port, numbers);
+            }
+            _ => {}
+        }
+        self.pass()
+    }
+
     /// A packet from our TCP towards the network.
     pub fn handle_local(&mut self, now: Instant, packet: &mut Packet) -> Action {
-        let Some(tcp) = packet.tcp().filter(TcpView::is_syn_ack) else { return self.pass() };
-        if packet.fragment().is_some() || packet.offload().gso.is_some() {
+        let (Some(tcp), Some(client), Some(service)) =
+            (packet.tcp(), packet.destination_socket(), packet.source_socket())
+        else {
+            return self.pass();
+        };
+        if packet.fragment().is_some() {
             return self.pass();
         }
-        let key = Key {
-            client: SocketAddr::new(packet.destination(), tcp.destination_port()),
-            service: SocketAddr::new(packet.source(), tcp.source_port()),
-        };
+        let key = Key { client, service };
+        if !tcp.is_syn_ack() {
+            if self.redirections.contains_key(&key) {
+                self.on_redirection_local(now, key, packet);
+            }
+            if self.rebinds.contains_key(&key) {
+                self.on_rebound_local(now, key, packet);
+            }
+            return self.pass();
+        }
+        if packet.offload().gso.is_some() {
+            return self.pass();
+        }
         if !matches!(self.ports.get(&key.service), Some(Port::Service(_))) {
             return self.pass();
         }
@@ -164,12 +234,34 @@ impl Server {
     /// What the machine sends of its own; drain after every `handle_*` and at every deadline.
     pub fn poll_transmit(&mut self, now: Instant) -> Option<Transmit> {
         self.counters.half_open_expired += self.half_open.expire(now);
+        while let Some((at, key)) = self.timers.first().copied() {
+            if at > now {
+                break;
+            }
+            self.unschedule(key);
+            if self.redirections.get(&key).is_some() {
+                self.on_redirection_timer(now, key, self.wire_ends(key));
+            }
+            self.on_rebind_timer(now, key);
+        }
         self.transmits.pop_front()
     }
 
     /// When to call [`poll_transmit`](Self::poll_transmit) next if nothing else happens.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        if self.transmits.is_empty() { self.half_open.deadline() } else { Some(Instant::ZERO) }
+        if !self.transmits.is_empty() {
+            return Some(Instant::ZERO);
+        }
+        let timer = self.timers.first().map(|(at, _)| *at);
+        [self.half_open.deadline(), timer].into_iter().flatten().min()
+    }
+
+    /// The connection is over: what was asked of it (§4) and learnt of it (§5) is forgotten.
+    pub fn forget_connection(&mut self, client: SocketAddr, service: SocketAddr) {
+        let key = Key { client, service };
+        self.end_redirection(key, RedirectOutcome::Closed);
+        self.forget_rebind(key);
+        self.unschedule(key);
     }
 
     /// What happened, oldest first.
@@ -260,7 +352,8 @@ impl Server {
         if self.deaf.contains(&service.service_socket()) {
             return self.decline(syn, DeclineReason::NotListening);
         }
-        self.remember(now, syn, service, service.service_port, option.hops);
+        let moved_from = option.port.filter(|_| option.confirm);
+        self.remember(now, syn, service, service.service_port, option.hops, moved_from);
         self.counters.syns_to_service += 1;
         Action::Pass
     }
@@ -297,14 +390,22 @@ impl Server {
         let asked = if at_service { service.service_port } else { service.redirect_port };
         packet.strip_redirect(self.exid);
         packet.set_destination_port(service.service_port);
-        self.remember(now, syn, service, asked, option.hops);
+        self.remember(now, syn, service, asked, option.hops, None);
         self.counters.syns_turned += 1;
         Action::Pass
     }
 
-    fn remember(&mut self, now: Instant, syn: &Syn, service: ServicePorts, asked: u16, hops: u8) {
+    fn remember(
+        &mut self,
+        now: Instant,
+        syn: &Syn,
+        service: ServicePorts,
+        asked: u16,
+        hops: u8,
+        moved_from: Option<u16>,
+    ) {
         let key = Key { client: syn.client, service: service.service_socket() };
-        let evicted = self.half_open.insert(now, key, HalfOpen { asked, isn: syn.isn, hops });
+        let evicted = self.half_open.insert(now, key, HalfOpen { asked, isn: syn.isn, hops, moved_from });
         self.counters.half_open_evicted += u64::from(evicted);
     }
 
@@ -360,7 +461,9 @@ impl Server {
             }
             (Ok(()), false) => {
                 self.counters.syn_acks_confirmed += 1;
-                self.report(ServerEvent::Confirmed { client: key.client, service: key.service });
+                let Key { client, service } = key;
+                let moved_from = half_open.moved_from;
+                self.report(ServerEvent::Confirmed { client, service, moved_from });
             }
             (Err(_), moved) => {
                 let syn = Syn { client: key.client, asked, isn: half_open.isn };
@@ -381,6 +484,13 @@ impl Server {
             return self.pass();
         };
         let source = SocketAddr::new(quoted.source, quoted.source_port);
+        let wire =
+            Key { client: SocketAddr::new(quoted.destination, quoted.destination_port), service: source };
+        if let Some(client) = self.rebound.get(&wire).copied() {
+            packet.set_quoted_destination(client);
+            self.counters.icmp_turned += 1;
+            return Action::Pass;
+        }
         let Some(Port::Redirect(service)) = self.ports.get(&source).copied() else { return self.pass() };
         let client = SocketAddr::new(quoted.destination, quoted.destination_port);
         let known = self.half_open.get(now, Key { client, service: service.service_socket() });

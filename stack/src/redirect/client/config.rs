@@ -23,6 +23,19 @@ pub enum Continuation {
     Plain,
 }
 
+/// What is done when a server asks a connection to move to another port (§4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnRedirect {
+    /// The driver is told ([`ClientEvent::MoveAsked`]) and moves the byte stream: only one that has it can.
+    Follow,
+    /// The driver is told ([`ClientEvent::Hint`]) for later connects; the connection stays and confirms nothing.
+    #[default]
+    Hint,
+    /// Nothing; segments are not followed for it either.
+    Ignore,
+}
+
 /// A shared address and how its connections continue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VipConfig {
@@ -30,6 +43,30 @@ pub struct VipConfig {
     pub address: IpAddr,
     /// The continuation.
     pub continuation: Continuation,
+    /// What a mid-connection redirect does.
+    pub on_redirect: OnRedirect,
+}
+
+/// Addresses that agree in their first `length` bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Prefix {
+    /// One of the addresses.
+    pub address: IpAddr,
+    /// Bits that count.
+    pub length: u8,
+}
+
+impl Prefix {
+    /// Whether it holds an address.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        let bits = |address: IpAddr| match address {
+            IpAddr::V4(address) => u128::from(u32::from(address)) << 96,
+            IpAddr::V6(address) => u128::from(address),
+        };
+        let differ = bits(self.address) ^ bits(address);
+        self.address.is_ipv4() == address.is_ipv4()
+            && differ.leading_zeros() >= u32::from(self.length).min(128)
+    }
 }
 
 /// Configuration of a [`Client`](super::Client); PROTOCOL.md §12 lists the constants.
@@ -61,6 +98,10 @@ pub struct ClientConfig {
     pub plain_memory: Duration,
     /// How long a path found to translate is not handed over on.
     pub translated_memory: Duration,
+    /// Addresses that a mid-connection redirect may lead to (§7); none by default, so that only ports are obeyed.
+    pub accept_prefixes: Vec<Prefix>,
+    /// How long a change of the own port waits for the server's confirmation (§5).
+    pub rebind_timeout: Duration,
 }
 
 impl Default for ClientConfig {
@@ -79,6 +120,8 @@ impl Default for ClientConfig {
             handover_timeout: Duration::from_secs(20),
             plain_memory: Duration::from_secs(600),
             translated_memory: Duration::from_secs(600),
+            accept_prefixes: Vec::new(),
+            rebind_timeout: Duration::from_secs(10),
         }
     }
 }
@@ -137,6 +180,66 @@ pub enum ClientEvent {
         /// The service port.
         service_port: u16,
     },
+    /// The server asks for the connection to move, and it may be obeyed (§4): open the new one with
+    /// [`Client::expect_move`](super::Client::expect_move), then close the old one after
+    /// [`Client::close_moved`](super::Client::close_moved); or say
+    /// [`Client::move_failed`](super::Client::move_failed).
+    MoveAsked {
+        /// The local socket.
+        local: SocketAddr,
+        /// The shared address and the port first asked.
+        vip: SocketAddr,
+        /// The port it is on, Y.
+        from: u16,
+        /// Where to, Z: at the same address but for §7.
+        to: SocketAddr,
+    },
+    /// The server would rather have the connection elsewhere; it stays, later connects may go there.
+    Hint {
+        /// The local socket.
+        local: SocketAddr,
+        /// The shared address and the port first asked.
+        vip: SocketAddr,
+        /// The port it is on, Y.
+        from: u16,
+        /// Where to.
+        to: SocketAddr,
+    },
+    /// The server has confirmed another own port of the connection (§5).
+    Rebound {
+        /// The local socket, as the local TCP knows it.
+        local: SocketAddr,
+        /// The shared address and the port first asked.
+        vip: SocketAddr,
+        /// The own port on the wire from now on.
+        port: u16,
+    },
+    /// It did not in time; the connection stays on the own port it had.
+    RebindFailed {
+        /// The local socket, as the local TCP knows it.
+        local: SocketAddr,
+        /// The shared address and the port first asked.
+        vip: SocketAddr,
+        /// The own port asked for.
+        port: u16,
+    },
+}
+
+/// Why the own port of a connection cannot be changed (§5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum RebindError {
+    /// The connection is not on a service port, or unknown.
+    #[error("the connection is not on a service port")]
+    NotRedirected,
+    /// The path translates, or is not known not to.
+    #[error("the path is not known to be untranslated")]
+    Translated,
+    /// A change is under way, or there were too many.
+    #[error("the connection changes its own port already, or has done so too often")]
+    Busy,
+    /// The port is 0, the present one, or taken.
+    #[error("own port {0} cannot be used")]
+    Port(u16),
 }
 
 /// A redirected connection, as kept over a restart (`C12`).
@@ -197,4 +300,23 @@ pub struct ClientCounters {
     pub unexpected: u64,
     /// Events dropped because nobody fetched them.
     pub events_dropped: u64,
+    /// Mid-connection redirects handed to the driver, to follow or as hints (§4).
+    pub moves_asked: u64,
+    /// Mid-connection redirects not obeyed: their sequence numbers, acknowledgement or timestamps are not exact, or
+    /// nothing is known of the connection's.
+    pub moves_inexact: u64,
+    /// Mid-connection redirects not obeyed because of where they lead.
+    pub moves_refused: u64,
+    /// SYNs that opened the next part of a connection that moves.
+    pub moves_opened: u64,
+    /// Such opens that ended without a confirmation: refused to the local TCP.
+    pub moves_failed: u64,
+    /// FINs and RSTs with C P=Z.
+    pub moves_closed: u64,
+    /// Changes of the own port confirmed (§5).
+    pub rebinds: u64,
+    /// Changes of the own port not confirmed in time.
+    pub rebinds_failed: u64,
+    /// Confirmations of a change that are not exact, or of none.
+    pub rebinds_refused: u64,
 }

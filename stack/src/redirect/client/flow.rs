@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use super::config::PlainReason;
 use super::path::PathKey;
+use crate::redirect::announce::Announcement;
+use crate::redirect::numbers::Track;
 use crate::time::Instant;
 use crate::wire::{Packet, SeqNumber};
 
@@ -29,6 +31,51 @@ pub(super) struct Flow {
     pub(super) timer: Option<Instant>,
     /// The service port under which the network knows this flow.
     pub(super) service: Option<u16>,
+    /// What a confirmed connection may still be asked (§4, §5).
+    pub(super) live: Option<Box<Live>>,
+}
+
+impl Flow {
+    pub(super) fn new(key: FlowKey, state: State) -> Flow {
+        Flow { key, state, timer: None, service: None, live: None }
+    }
+}
+
+/// Where a connection comes from that opens the next part of one that moves (§4).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Coming {
+    /// The port it was on, Y.
+    pub(super) from: u16,
+    /// The port that the program asked for when the stream began.
+    pub(super) origin: u16,
+}
+
+/// A confirmed connection beyond its handshake.
+#[derive(Debug)]
+pub(super) struct Live {
+    /// Where its TCP stands; `None` where redirects are ignored.
+    pub(super) track: Option<Track>,
+    /// The port that the program asked for when the stream began: it may always be gone back to.
+    pub(super) origin: u16,
+    /// A redirect that the driver was told of: it is obeyed once (§4).
+    pub(super) asked: Option<SocketAddr>,
+    /// That move has failed: another target may be asked for.
+    pub(super) failed: bool,
+    /// FIN and RST carry C P=Z.
+    pub(super) close: Option<u16>,
+    /// Own ports on which segments of the server are taken, besides the local TCP's.
+    pub(super) own_ports: Vec<u16>,
+    /// The own port that the server has confirmed.
+    pub(super) wire_port: Option<u16>,
+    pub(super) rebind: Option<Rebind>,
+}
+
+/// A change of the own port under way (§5).
+#[derive(Debug)]
+pub(super) struct Rebind {
+    pub(super) port: u16,
+    pub(super) announcement: Announcement,
+    pub(super) give_up: Instant,
 }
 
 #[derive(Debug)]
@@ -64,7 +111,42 @@ pub(super) struct Attempt {
     /// Service ports visited in this connect (`C3`).
     pub(super) visited: Vec<u16>,
     pub(super) path: PathKey,
+    /// The port that the connection comes from, where it moves (§4): it is confirmed or refused, never plain.
+    pub(super) moved_from: Option<u16>,
+    /// The port that the program asked for when the stream began.
+    pub(super) origin: u16,
     pub(super) phase: Phase,
+}
+
+impl Attempt {
+    /// A connect that begins with `syn`; `None` if it is no segment.
+    pub(super) fn new(now: Instant, syn: Packet, path: PathKey) -> Option<Attempt> {
+        let tcp = syn.tcp()?;
+        let origin = tcp.destination_port();
+        let (iss, tsval) = (tcp.seq(), tcp.timestamps().map(|(value, _)| value));
+        Some(Attempt {
+            iss,
+            syn,
+            started: now,
+            sent: now,
+            repeats: 0,
+            tsvals: tsval.into_iter().collect(),
+            handover: false,
+            forced: false,
+            visited: Vec::new(),
+            path,
+            moved_from: None,
+            origin,
+            phase: Phase::Asking,
+        })
+    }
+
+    /// Redirects followed in this connect.
+    pub(super) fn hops(&self) -> u8 {
+        // The port that a move comes from is visited, too, but no hop of this connect.
+        let followed = self.visited.len() - usize::from(self.moved_from.is_some()).min(self.visited.len());
+        u8::try_from(followed).unwrap_or(u8::MAX).min(7)
+    }
 }
 
 /// SYNs of one attempt whose timestamps are remembered; Linux sends 7.
@@ -90,6 +172,8 @@ pub(super) struct Handover {
     /// The handover ACK as sent to Y, option included.
     pub(super) kept: Option<Packet>,
     pub(super) snd_nxt: SeqNumber,
+    /// Where the local TCP stands.
+    pub(super) track: Option<Track>,
     pub(super) interval: Duration,
     /// When the silence that ends in a reset is over.
     pub(super) give_up: Instant,

@@ -30,6 +30,9 @@ impl Client {
         let Some(tcp) = packet.tcp() else { return Action::Pass };
         let reset = tcp.flags().contains(TcpFlags::RST);
         let end = tcp.seq() + tcp.sequence_len();
+        if let Some(track) = &mut handover.track {
+            track.on_local(&tcp);
+        }
         if !reset && end.after(handover.snd_nxt) {
             handover.snd_nxt = end;
         }
@@ -148,6 +151,11 @@ impl Client {
         let lost = handover.ack_lost || handover.half_open && spoke_first;
         self.paths.on_handover_completed(attempt.path, lost, now + self.config.translated_memory);
         self.counters.handovers_completed += 1;
+        let mut track = handover.track;
+        if let Some((track, tcp)) = track.as_mut().zip(packet.tcp()) {
+            track.on_remote(&tcp);
+        }
+        self.set_live(flow, track, attempt.origin);
         self.redirected(flow, service_port, irs, true);
         if answers_probe {
             self.transmit(Towards::Network, kept);

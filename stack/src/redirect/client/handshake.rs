@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::config::{ClientEvent, Continuation, PlainReason};
-use super::flow::{Attempt, Flow, FlowKey, Handover, MAX_TSVALS, Phase, State};
+use super::flow::{Attempt, Coming, Flow, FlowKey, Handover, MAX_TSVALS, Phase, State};
 use super::path::PathState;
 use super::{Action, Client, Towards};
+use crate::redirect::numbers::Track;
 use crate::time::Instant;
 use crate::wire::{Packet, RedirectOption, SeqNumber, TcpFlags, TcpOption, TcpView, observed_digest};
 
@@ -58,6 +59,9 @@ impl Client {
             self.transmit(Towards::Local, refusal);
             return Action::Drop;
         }
+        if let Some(coming) = self.moves.get(&key).copied() {
+            return self.open_moved(now, key, coming, packet);
+        }
         if !eligible(&tcp) {
             self.counters.ineligible += 1;
             return Action::Pass;
@@ -71,7 +75,7 @@ impl Client {
 
     /// Opens a flow for a SYN and puts R on it.
     fn open(&mut self, now: Instant, key: FlowKey, packet: &mut Packet) -> Action {
-        let continuation = self.vips.get(&key.vip.ip()).copied().unwrap_or_default();
+        let continuation = self.vips.get(&key.vip.ip()).map(|vip| vip.continuation).unwrap_or_default();
         let path = self.paths.key(key.vip.ip());
         let state = match continuation {
             Continuation::Plain => PathState::Plain,
@@ -87,47 +91,68 @@ impl Client {
         };
         packet.blank_fast_open();
         let syn = packet.clone();
-        if !self.mark_syn(packet, handover) {
+        if !self.mark_syn(packet, handover, None) {
             self.counters.ineligible += 1;
             return Action::Pass;
         }
-        let (iss, tsval) = match syn.tcp() {
-            Some(tcp) => (tcp.seq(), tcp.timestamps().map(|(value, _)| value)),
-            None => return Action::Pass,
-        };
-        let attempt = Attempt {
-            iss,
-            syn,
-            started: now,
-            sent: now,
-            repeats: 0,
-            tsvals: tsval.into_iter().collect(),
-            handover,
-            forced: continuation == Continuation::Handover,
-            visited: Vec::new(),
-            path,
-            phase: Phase::Asking,
-        };
+        let Some(mut attempt) = Attempt::new(now, syn, path) else { return Action::Pass };
+        attempt.handover = handover;
+        attempt.forced = continuation == Continuation::Handover;
         let state = State::Attempt(Box::new(attempt));
-        self.flows.insert(key, Flow { key, state, timer: None, service: None });
+        self.flows.insert(key, Flow::new(key, state));
         Action::Pass
     }
 
-    /// The opening SYN's option: R to hand over, R C to reconnect. False if it does not fit.
-    fn mark_syn(&mut self, packet: &mut Packet, handover: bool) -> bool {
-        let option = RedirectOption { redirect: true, confirm: !handover, ..Default::default() };
+    /// §4: opens the next part of a connection that comes from port Y: R C P=Y, confirmed or refused.
+    fn open_moved(&mut self, now: Instant, key: FlowKey, coming: Coming, packet: &mut Packet) -> Action {
+        packet.blank_fast_open();
+        let syn = packet.clone();
+        let path = self.paths.key(key.vip.ip());
+        let room = self.flows.len() < self.config.max_flows;
+        let fit = room
+            && syn.tcp().is_some_and(|tcp| eligible(&tcp))
+            && self.mark_syn(packet, false, Some(coming.from));
+        let (true, Some(mut attempt)) = (fit, Attempt::new(now, syn, path)) else {
+            let iss = packet.tcp().map(|tcp| tcp.seq()).unwrap_or_default();
+            return self.refuse_move(&key, iss);
+        };
+        attempt.moved_from = Some(coming.from);
+        attempt.origin = coming.origin;
+        attempt.visited.push(coming.from);
+        self.counters.moves_opened += 1;
+        self.flows.insert(key, Flow::new(key, State::Attempt(Box::new(attempt))));
+        Action::Pass
+    }
+
+    /// A move without confirmation: "connection refused" to the local TCP, and the old connection goes on.
+    fn refuse_move(&mut self, key: &FlowKey, iss: SeqNumber) -> Action {
+        self.counters.moves_failed += 1;
+        self.moves.remove(key);
+        let refusal = refuse(key, iss);
+        self.transmit(Towards::Local, refusal);
+        Action::Drop
+    }
+
+    /// The opening SYN's option: R to hand over, R C to reconnect, R C P=Y to move. False if it does not fit.
+    fn mark_syn(&mut self, packet: &mut Packet, handover: bool, moved_from: Option<u16>) -> bool {
+        let option =
+            RedirectOption { redirect: true, confirm: !handover, port: moved_from, ..Default::default() };
         let fits = packet.insert_redirect(self.config.exid, &option, self.config.mtu).is_ok();
         self.counters.asked += u64::from(fits);
         fits
     }
 
-    /// The latest SYN as it goes to the service port: R P=X.
+    /// The latest SYN as it goes to the service port: R P=X, or R C P=Y where it moves from Y.
     pub(super) fn service_syn(&self, key: &FlowKey, attempt: &Attempt, port: u16) -> Packet {
         let mut packet = attempt.syn.clone();
         packet.set_destination_port(port);
-        let hops = u8::try_from(attempt.visited.len()).unwrap_or(u8::MAX).min(7);
-        let option =
-            RedirectOption { redirect: true, port: Some(key.vip.port()), hops, ..Default::default() };
+        let option = RedirectOption {
+            redirect: true,
+            confirm: attempt.moved_from.is_some(),
+            port: Some(attempt.moved_from.unwrap_or(key.vip.port())),
+            hops: attempt.hops(),
+            ..Default::default()
+        };
         // The same SYN had room for an option of this size on its way to X.
         let _ = packet.insert_redirect(self.config.exid, &option, self.config.mtu);
         packet
@@ -156,8 +181,15 @@ impl Client {
         match attempt.phase {
             Phase::Asking => {
                 attempt.sent = now;
-                // C6: the first repeat keeps R, the second goes without.
-                if attempt.repeats > 1 || !fit || !self.mark_syn(packet, attempt.handover) {
+                let moved_from = attempt.moved_from;
+                // C6: the first repeat keeps R, the second goes without; a move keeps it.
+                let asks = moved_from.is_some() || attempt.repeats <= 1;
+                if !asks || !fit || !self.mark_syn(packet, attempt.handover, moved_from) {
+                    if moved_from.is_some() {
+                        // What cannot carry the option does not go at all.
+                        flow.state = State::Attempt(attempt);
+                        return Action::Drop;
+                    }
                     attempt.phase = Phase::Plain { reason: PlainReason::Silence, since: now, rejected: None };
                 }
             }
@@ -250,7 +282,7 @@ impl Client {
             && port != key.vip.port()
             && self.config.ports.contains(&port)
             && !self.config.denied_ports.contains(&port)
-            && attempt.visited.len() < usize::from(self.config.max_hops)
+            && attempt.hops() < self.config.max_hops
             && !attempt.visited.contains(&port)
             && !self.services.contains_key(&(key.local, service))
             && !self.flows.contains_key(&FlowKey { local: key.local, vip: service });
@@ -276,6 +308,7 @@ impl Client {
                 self.paths.on_confirmed(attempt.path);
                 self.counters.confirmed += 1;
                 packet.strip_redirect(self.config.exid);
+                self.go_live(flow, &attempt, packet);
                 flow.state = State::Direct { irs };
                 self.event(ClientEvent::Confirmed { local: flow.key.local, vip: flow.key.vip });
                 Action::Pass
@@ -292,7 +325,7 @@ impl Client {
                 }
             }
             Answer::Plain(reason) => {
-                if reason != PlainReason::Refused {
+                if reason != PlainReason::Refused && attempt.moved_from.is_none() {
                     let until = now + self.config.plain_memory;
                     self.paths.on_unconfirmed(attempt.path, attempt.started, now, until);
                 }
@@ -312,6 +345,7 @@ impl Client {
         irs: SeqNumber,
     ) -> Action {
         packet.strip_redirect(self.config.exid);
+        let track = attempt.syn.tcp().zip(packet.tcp()).map(|(syn, answer)| Track::new(&syn, &answer));
         let interval = (now.since(attempt.sent) * ROUND_TRIPS).max(self.config.probe_timeout);
         attempt.visited.push(port);
         attempt.phase = Phase::HandingOver(Handover {
@@ -319,6 +353,7 @@ impl Client {
             irs,
             kept: None,
             snd_nxt: attempt.iss + 1,
+            track,
             interval,
             give_up: now + self.config.handover_timeout,
             last_probe: None,
@@ -360,6 +395,11 @@ impl Client {
         reason: PlainReason,
         rejected: Option<SeqNumber>,
     ) {
+        if attempt.moved_from.is_some() {
+            let _ = self.refuse_move(&flow.key, attempt.iss);
+            flow.state = State::Gone;
+            return;
+        }
         self.transmit(Towards::Network, attempt.syn.clone());
         attempt.phase = Phase::Plain { reason, since: now, rejected };
         flow.timer = None;
@@ -477,6 +517,7 @@ impl Client {
                 self.counters.reconnected += 1;
                 packet.strip_redirect(self.config.exid);
                 packet.set_source_port(flow.key.vip.port());
+                self.go_live(flow, &attempt, packet);
                 self.redirected(flow, port, irs, false);
                 Action::Pass
             }

@@ -1,4 +1,4 @@
-//! The client's end of port redirection: rules C1 to C12 of PROTOCOL.md §3.
+//! The client's end of port redirection: rules C1 to C12 of PROTOCOL.md §3, and its part of §4 and §5.
 //!
 //! Beside a TCP that connects to VIP:X, [`Client`] asks for a redirect, follows it, and from then on swaps X and Y in
 //! both directions. It holds no byte of the stream and never answers for the local TCP except to end a handover that
@@ -6,23 +6,27 @@
 
 mod config;
 mod flow;
+mod follow;
 mod handover;
 mod handshake;
 mod path;
+mod rebind;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 
-use self::flow::{Attempt, Flow, FlowKey, Phase, State};
+use self::flow::{Attempt, Coming, Flow, FlowKey, Phase, State};
 use self::path::Paths;
+use super::numbers::{NumbersOf, unknown};
 use super::{Action, Towards, Transmit};
 use crate::time::Instant;
 use crate::wire::{OptionError, Packet, RedirectOption, Segment, SeqNumber, TcpFlags, TcpView};
 
 pub use self::config::{
-    ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, PlainReason, VipConfig,
+    ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, OnRedirect, PlainReason, Prefix,
+    RebindError, VipConfig,
 };
 pub use self::path::{PathId, PathState};
 
@@ -33,11 +37,13 @@ const MAX_EVENTS: usize = 1024;
 #[derive(Debug)]
 pub struct Client {
     config: ClientConfig,
-    vips: HashMap<IpAddr, Continuation>,
+    vips: HashMap<IpAddr, VipConfig>,
     paths: Paths,
     flows: HashMap<FlowKey, Flow>,
     /// (local, VIP:Y) -> flow: what the network calls the connection.
     services: HashMap<(SocketAddr, SocketAddr), FlowKey>,
+    /// Connects that open the next part of a connection that moves (§4).
+    moves: HashMap<FlowKey, Coming>,
     timers: BTreeSet<(Instant, FlowKey)>,
     out: VecDeque<Transmit>,
     events: VecDeque<ClientEvent>,
@@ -47,13 +53,14 @@ pub struct Client {
 impl Client {
     /// A client without flows.
     pub fn new(config: ClientConfig) -> Client {
-        let vips = config.vips.iter().map(|vip| (vip.address, vip.continuation)).collect();
+        let vips = config.vips.iter().map(|vip| (vip.address, *vip)).collect();
         Client {
             config,
             vips,
             paths: Paths::default(),
             flows: HashMap::new(),
             services: HashMap::new(),
+            moves: HashMap::new(),
             timers: BTreeSet::new(),
             out: VecDeque::new(),
             events: VecDeque::new(),
@@ -77,19 +84,16 @@ impl Client {
             return Action::Pass;
         };
         let Some(tcp) = packet.tcp() else { return Action::Pass };
-        if !self.vips.contains_key(&vip.ip()) {
+        let key = FlowKey { local, vip };
+        if !self.vips.contains_key(&vip.ip()) && !self.moves.contains_key(&key) {
             return Action::Pass;
         }
-        let key = FlowKey { local, vip };
         if tcp.is_syn() {
             return self.on_local_syn(now, key, packet);
         }
         match self.flows.get(&key).map(|flow| &flow.state) {
-            None | Some(State::Direct { .. } | State::Gone) => Action::Pass,
-            Some(State::Redirected { service_port, .. }) => {
-                packet.set_destination_port(*service_port);
-                Action::Pass
-            }
+            None | Some(State::Gone) => Action::Pass,
+            Some(State::Redirected { .. } | State::Direct { .. }) => self.on_live_local(now, key, packet),
             Some(State::Attempt(_)) => self.with_attempt(key, |client, flow, attempt| {
                 client.on_attempt_local(now, flow, attempt, packet)
             }),
@@ -99,6 +103,17 @@ impl Client {
     /// A packet of the network: from a VIP, or an ICMP error about a packet to one; rewritten so that the local TCP
     /// sees port X.
     pub fn handle_remote(&mut self, now: Instant, packet: &mut Packet) -> Action {
+        self.handle_remote_knowing(now, packet, &unknown)
+    }
+
+    /// As [`handle_remote`](Self::handle_remote), for a driver that owns the local TCP: `numbers` gives those of the
+    /// connection (local, VIP:X) right now. It is asked only about segments that carry a request (§4, §5).
+    pub fn handle_remote_knowing(
+        &mut self,
+        now: Instant,
+        packet: &mut Packet,
+        numbers: NumbersOf<'_>,
+    ) -> Action {
         if packet.icmp().is_some() {
             return self.on_icmp(now, packet);
         }
@@ -107,7 +122,7 @@ impl Client {
         };
         let Some(tcp) = packet.tcp() else { return Action::Pass };
         if let Some(key) = self.services.get(&(local, from)).copied() {
-            return self.on_service_segment(now, key, packet);
+            return self.on_service_segment(now, key, packet, numbers);
         }
         let key = FlowKey { local, vip: from };
         match self.flows.get(&key).map(|flow| &flow.state) {
@@ -118,6 +133,7 @@ impl Client {
                     self.counters.stray_syn_acks += 1;
                     return Action::Drop;
                 }
+                self.on_live_remote(key, packet, numbers);
                 Action::Pass
             }
             // C4, C9: nothing of X concerns a connection that has moved.
@@ -135,21 +151,28 @@ impl Client {
         }
     }
 
-    fn on_service_segment(&mut self, now: Instant, key: FlowKey, packet: &mut Packet) -> Action {
+    fn on_service_segment(
+        &mut self,
+        now: Instant,
+        key: FlowKey,
+        packet: &mut Packet,
+        numbers: NumbersOf<'_>,
+    ) -> Action {
         match self.flows.get(&key).map(|flow| &flow.state) {
-            Some(State::Redirected { irs, .. }) => {
+            Some(State::Redirected { irs, .. } | State::Direct { irs }) => {
                 let strange = packet.tcp().is_some_and(|tcp| tcp.is_syn_ack() && tcp.seq() != *irs);
                 if strange {
                     self.counters.stray_syn_acks += 1;
                     return Action::Drop;
                 }
+                self.on_live_remote(key, packet, numbers);
                 packet.set_source_port(key.vip.port());
                 Action::Pass
             }
             Some(State::Attempt(_)) => self.with_attempt(key, |client, flow, attempt| {
                 client.on_attempt_service(now, flow, attempt, packet)
             }),
-            None | Some(State::Direct { .. } | State::Gone) => Action::Pass,
+            None | Some(State::Gone) => Action::Pass,
         }
     }
 
@@ -168,6 +191,9 @@ impl Client {
                 .with_attempt(key, |client, flow, attempt| client.on_attempt_icmp(now, flow, attempt, seq));
         }
         packet.set_quoted_destination(key.vip);
+        if local != key.local {
+            packet.set_quoted_source(key.local);
+        }
         Action::Pass
     }
 
@@ -203,7 +229,7 @@ impl Client {
             }
         }
         if matches!(flow.state, State::Gone) {
-            self.set_service(&mut flow, None);
+            self.unlink(&mut flow);
         } else {
             self.flows.insert(flow.key, flow);
         }
@@ -216,8 +242,11 @@ impl Client {
                 break;
             }
             self.timers.pop_first();
-            if let Some(flow) = self.flows.get_mut(&key) {
-                flow.timer = None;
+            let Some(flow) = self.flows.get_mut(&key) else { continue };
+            flow.timer = None;
+            if !matches!(flow.state, State::Attempt(_)) {
+                self.on_live_timer(now, key);
+                continue;
             }
             let _ = self.with_attempt(key, |client, flow, attempt| {
                 client.on_timer(now, flow, attempt);
@@ -244,6 +273,7 @@ impl Client {
         for key in gone {
             self.remove(key);
         }
+        self.moves.retain(|key, _| alive(key.local, key.vip));
     }
 
     fn remove(&mut self, key: FlowKey) {
@@ -251,8 +281,17 @@ impl Client {
             if let Some(at) = flow.timer {
                 self.timers.remove(&(at, key));
             }
-            self.set_service(&mut flow, None);
+            self.unlink(&mut flow);
         }
+    }
+
+    /// Frees all names under which the network knows the flow.
+    fn unlink(&mut self, flow: &mut Flow) {
+        let service = flow.key.service(flow.present_port());
+        for port in flow.live.iter().flat_map(|live| &live.own_ports) {
+            self.services.remove(&(SocketAddr::new(flow.key.local.ip(), *port), service));
+        }
+        self.set_service(flow, None);
     }
 
     /// Names the service port under which the network knows the flow.
@@ -299,7 +338,7 @@ impl Client {
             return false;
         }
         let state = State::Redirected { service_port: record.service_port, irs: SeqNumber(record.irs) };
-        self.flows.insert(key, Flow { key, state, timer: None, service: Some(record.service_port) });
+        self.flows.insert(key, Flow { service: Some(record.service_port), ..Flow::new(key, state) });
         self.services.insert(service, key);
         true
     }

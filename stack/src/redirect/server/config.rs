@@ -52,6 +52,52 @@ pub struct ServerConfig {
     pub max_hops: u8,
     /// Challenge ACKs (`S7`), and RSTs to segments without a connection (`S8`), at most in a second, each.
     pub replies_per_second: u32,
+    /// How long a client is asked to move (§4).
+    pub redirect_timeout: Duration,
+    /// What follows if it has not closed by then (O8).
+    pub on_silence: Silence,
+    /// Connections that may be redirected, and client ports that may have changed (§5), at a time, each.
+    pub redirect_limit: usize,
+}
+
+/// What becomes of a connection whose client was asked to move and never closes (O8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Silence {
+    /// It is served on.
+    #[default]
+    GiveUp,
+    /// It is reset so long after it was first asked, and not before `redirect_timeout`.
+    ResetAfter(Duration),
+}
+
+/// What became of a mid-connection redirect (§4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RedirectOutcome {
+    /// The client has closed with C P=Z: it goes on there.
+    Confirmed,
+    /// The connection was closed or reset without.
+    Closed,
+    /// The client did nothing; it is served on.
+    GivenUp,
+    /// The client did nothing, and both ends were reset.
+    Reset,
+}
+
+/// Why a connection cannot be redirected (§4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum RedirectError {
+    /// It is not on a service port of ours: nobody could tell whose it is.
+    #[error("{0} is no service port of this server")]
+    NoServicePort(SocketAddr),
+    /// It is there already, or that is no place to go to.
+    #[error("{0} is no port to redirect to")]
+    Target(SocketAddr),
+    /// It is being redirected.
+    #[error("the connection is being redirected already")]
+    UnderWay,
+    /// As many as may be are being redirected.
+    #[error("{0} connections are being redirected, as many as may be")]
+    TooMany(usize),
 }
 
 impl Default for ServerConfig {
@@ -65,6 +111,9 @@ impl Default for ServerConfig {
             mtu: 1500,
             max_hops: 3,
             replies_per_second: 100,
+            redirect_timeout: Duration::from_secs(30),
+            on_silence: Silence::GiveUp,
+            redirect_limit: 65_536,
         }
     }
 }
@@ -115,6 +164,24 @@ pub struct ServerCounters {
     pub passed: u64,
     /// Packets and events given up because the driver did not take them.
     pub overflowed: u64,
+    /// Mid-connection redirects begun (§4).
+    pub redirects: u64,
+    /// Segments that said R P=Z, duplicate ACKs among them.
+    pub redirects_said: u64,
+    /// By [`RedirectOutcome::Confirmed`].
+    pub redirects_confirmed: u64,
+    /// By [`RedirectOutcome::Closed`].
+    pub redirects_closed: u64,
+    /// By [`RedirectOutcome::GivenUp`].
+    pub redirects_given_up: u64,
+    /// By [`RedirectOutcome::Reset`].
+    pub redirects_reset: u64,
+    /// Changes of a client's port taken (§5).
+    pub rebinds: u64,
+    /// Not taken, because the port cannot be used or there were too many.
+    pub rebinds_refused: u64,
+    /// Not taken, because sequence number, acknowledgement or timestamps are not exact, or unknown.
+    pub rebinds_inexact: u64,
 }
 
 /// What a [`Server`](super::Server) reports.
@@ -144,6 +211,28 @@ pub enum ServerEvent {
         client: SocketAddr,
         /// The service port's socket.
         service: SocketAddr,
+        /// The port that the connection moves from, where it opens the next part of one (§4).
+        moved_from: Option<u16>,
+    },
+    /// A mid-connection redirect has ended (§4).
+    Redirection {
+        /// The client as the local TCP knows it.
+        client: SocketAddr,
+        /// The service port's socket, Y.
+        service: SocketAddr,
+        /// Where it was to go, Z.
+        to: u16,
+        /// What became of it.
+        outcome: RedirectOutcome,
+    },
+    /// A client goes on from another port (§5).
+    Rebound {
+        /// The client as the local TCP knows it.
+        client: SocketAddr,
+        /// The service port's socket.
+        service: SocketAddr,
+        /// Its port on the wire.
+        port: u16,
     },
     /// A SYN with R was left to plain TCP.
     Declined {

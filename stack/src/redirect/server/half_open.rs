@@ -8,7 +8,7 @@ use crate::time::Instant;
 use crate::wire::SeqNumber;
 
 /// Whose half-open connection it is: the local TCP knows it under the service port.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Key {
     pub(super) client: SocketAddr,
     /// `address:Y`.
@@ -24,6 +24,8 @@ pub(super) struct HalfOpen {
     pub(super) isn: SeqNumber,
     /// The hops it had.
     pub(super) hops: u8,
+    /// The service port that the connection moves from (§4).
+    pub(super) moved_from: Option<u16>,
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -264,7 +264,14 @@ fn s1_a_syn_at_the_service_port_is_confirmed_without_port_and_digest() {
             let expected = RedirectOption { confirm: true, hops: option.hops, ..RedirectOption::default() };
             assert_eq!(option_of(&confirmed), Some(expected));
             assert!(confirmed.checksum_ok());
-            assert_eq!(server.poll_event(), Some(ServerEvent::Confirmed { client, service }));
+            assert_eq!(
+                server.poll_event(),
+                Some(ServerEvent::Confirmed {
+                    client,
+                    service,
+                    moved_from: option.port.filter(|_| option.confirm)
+                })
+            );
         }
     }
 }

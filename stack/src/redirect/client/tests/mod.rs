@@ -34,8 +34,10 @@ fn world_v6(continuation: Continuation) -> World {
 
 fn world_at(local: &str, vip: &str, continuation: Continuation) -> World {
     let (local, vip): (SocketAddr, SocketAddr) = (local.parse().unwrap(), vip.parse().unwrap());
-    let config =
-        ClientConfig { vips: vec![VipConfig { address: vip.ip(), continuation }], ..Default::default() };
+    let config = ClientConfig {
+        vips: vec![VipConfig { address: vip.ip(), continuation, on_redirect: OnRedirect::Follow }],
+        ..Default::default()
+    };
     World { client: Client::new(config), now: Instant::from_millis(1000), local, vip }
 }
 
