@@ -7,7 +7,8 @@ use std::time::Duration;
 use super::draw::{CLIENT_PORTS, Draw, Ends, MAX_STEPS, PORTS, vip};
 use super::invariants::{Snapshot, parses, well_made};
 use crate::redirect::{
-    Action, Client, ClientConfig, ClientCounters, Continuation, FlowRecord, OnRedirect, Towards, VipConfig,
+    Action, Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, OnRedirect, Towards,
+    VipConfig,
 };
 use crate::time::Instant;
 use crate::wire::{DEFAULT_EXID, Packet, Segment, TcpFlags, TcpOption, TcpView};
@@ -20,11 +21,11 @@ const ON_REDIRECT: [OnRedirect; 3] = [OnRedirect::Hint, OnRedirect::Follow, OnRe
 const MTUS: [usize; 4] = [1500, 1280, 96, 65_535];
 
 /// Two bytes of configuration, then steps of one byte each and what they need: segments of either side, ICMP errors
-/// about what was sent, time, the end of sockets, changes of path, restarts.
+/// about what was sent, time, the end of sockets, changes of path, restarts; moves and changes of the own port.
 ///
 /// # Panics
 /// If the flow table outgrows its bound, a right checksum becomes wrong, a packet larger than the MTU, what is sent
-/// does not parse, a deadline stays in the past, a flow leaks, or `C1` or `C7` breaks.
+/// does not parse, a deadline stays in the past, a flow leaks, a connection is asked to move twice, or `C1` or `C7` breaks.
 pub fn client(data: &[u8]) {
     let _ = run(data);
 }
@@ -89,7 +90,12 @@ impl World {
     }
 
     fn step(&mut self, draw: &mut Draw<'_>) {
-        match draw.byte() & 15 {
+        let step = draw.byte();
+        if step & 0xf0 == 0x10 {
+            self.move_step(step, draw);
+            return;
+        }
+        match step & 15 {
             0..=3 => {
                 if let Some((ends, packet)) = draw.segment(true) {
                     self.local(Some(ends), packet);
@@ -123,6 +129,26 @@ impl World {
                 let back = Duration::from_millis(u64::from(draw.byte()) * 16);
                 let micros = u64::try_from(back.as_micros()).unwrap_or(u64::MAX);
                 self.now = Instant::from_micros(self.now.micros().saturating_sub(micros));
+            }
+        }
+    }
+
+    /// What a driver that follows redirects, or wants another own port, asks of the machine (§4, §5).
+    fn move_step(&mut self, step: u8, draw: &mut Draw<'_>) {
+        let Ends { client: local, vip } = draw.ends();
+        let port = CLIENT_PORTS[usize::from(draw.byte() & 3)];
+        match step & 3 {
+            0 => {
+                let known = self.client.flow_count();
+                let expected = self.client.expect_move(local, vip, SocketAddr::new(local.ip(), port));
+                assert!(!expected || known > 0, "a move of nothing");
+            }
+            1 => self.client.close_moved(local, vip),
+            2 => self.client.move_failed(local, vip, step & 4 != 0),
+            _ => {
+                if self.client.rebind(self.now, local, vip, port, None).is_ok() {
+                    assert_ne!(port, local.port());
+                }
             }
         }
     }
@@ -235,7 +261,17 @@ impl World {
                 self.keep(packet);
             }
         }
-        while self.client.poll_event().is_some() {}
+        let mut asked = BTreeSet::new();
+        while let Some(event) = self.client.poll_event() {
+            if let ClientEvent::MoveAsked { local, vip, from, to }
+            | ClientEvent::Hint { local, vip, from, to } = event
+            {
+                assert!(asked.insert((local, vip)), "asked twice in one step");
+                assert_ne!(SocketAddr::new(vip.ip(), from), to, "a move to where it is");
+                assert!(!self.config.denied_ports.contains(&to.port()), "C3: {to}");
+                assert_eq!(to.ip(), vip.ip(), "§7 is off");
+            }
+        }
         assert!(self.client.flow_count() <= self.config.max_flows);
         assert!(self.client.flows().count() <= self.client.flow_count());
         assert!(self.client.poll_timeout().is_none_or(|at| at > self.now), "a deadline stays in the past");

@@ -47,6 +47,7 @@ pub fn seeds() -> Vec<Seed> {
             all.push(script("route", (name, [&[kind], &segment[..], &[12]].concat())));
         }
         all.extend(client_scripts(Script { v6 }).into_iter().map(|steps| script("client", steps)));
+        all.extend(move_scripts(Script { v6 }).into_iter().map(|steps| script("client", steps)));
         all.extend(server_scripts(Script { v6 }).into_iter().map(|steps| script("server", steps)));
     }
     all
@@ -291,6 +292,49 @@ const RETAIN_NONE: [u8; 2] = [12, 0];
 const UNREACHABLE: [u8; 3] = [9, 7, 1];
 const TOO_BIG: [u8; 3] = [9, 0, 8];
 
+/// Redirects are followed.
+const FOLLOW: [u8; 2] = [0, 7 | 1 << 5];
+
+/// §4 and §5: a connection that moves to another server, and one that changes its own port.
+fn move_scripts(s: Script) -> Vec<(&'static str, Vec<u8>)> {
+    let script = |config: [u8; 2], steps: &[&[u8]]| [&config[..], &steps.concat()].concat();
+    let ends = |port: u8, own: u8| port << 2 | own | if s.v6 { 0x80 } else { 0 };
+    let established = [
+        s.syn(),
+        WAIT_1_MS.to_vec(),
+        s.redirect(),
+        s.confirm(),
+        s.local(ACK, ISS | NEXT, IRS2 | NEXT),
+        s.local(DATA, ISS | NEXT, IRS2 | NEXT),
+    ]
+    .concat();
+    let asked = s.remote(Y, ACK, IRS2 | NEXT, ISS | LATER, [R | P, Y2]);
+    let expected = [0x10, ends(X, 0), 1];
+    let of_next = |mut step: Vec<u8>, port: u8| {
+        step[1] = ends(port, 1);
+        step
+    };
+    let opened = of_next(s.syn(), Y2);
+    let answered = |redirect| of_next(s.remote(Y2, SYN_ACK, IRS, ISS | NEXT, redirect), Y2);
+    let (closes, fin) = ([0x11, ends(X, 0), 0], s.local(FIN, ISS | LATER, IRS2 | NEXT));
+    // Own port 41,001, which the tables of ports hold, too.
+    let rebinds = [0x13, ends(X, 0), 3];
+    let confirmed = s.remote(Y, ACK, IRS2 | NEXT, ISS | LATER, [C | P, Y]);
+    vec![
+        (
+            "move",
+            script(
+                FOLLOW,
+                &[&established, &asked, &expected, &opened, &answered([C, 0]), &closes, &fin, &RETAIN_NONE],
+            ),
+        ),
+        ("move-refused", script(FOLLOW, &[&established, &asked, &expected, &opened, &answered([0, 0])])),
+        ("hint", script(AUTO, &[&established, &asked, &asked, &fin])),
+        ("rebind", script(AUTO, &[&established, &rebinds, &WAIT_1_S, &confirmed, &s.data(), &fin])),
+        ("rebind-silence", script(AUTO, &[&established, &rebinds, &WAIT_20_S, &s.data()])),
+    ]
+}
+
 fn client_scripts(s: Script) -> Vec<(&'static str, Vec<u8>)> {
     let script = |config: [u8; 2], steps: &[&[u8]]| [&config[..], &steps.concat()].concat();
     let refused = s.remote(X, SYN_ACK, IRS, ISS | NEXT, [C | P | O, DENIED]);
@@ -369,7 +413,26 @@ fn server_scripts(s: Script) -> Vec<(&'static str, Vec<u8>)> {
     let ends = |port: u8| port << 2 | if s.v6 { 0x80 } else { 0 };
     let asks = from_client(X, SYN, [R, 0]);
     let wait_64_s: [u8; 4] = [7, 6, 7, 7];
+    let established = |flags, redirect| {
+        let segment = s.segment(Y, flags, ISS | NEXT, IRS | NEXT, redirect);
+        [&[0][..], &segment].concat()
+    };
+    let own_ack = s.remote(Y, ACK, IRS | NEXT, ISS | NEXT, [0, 0]);
+    let redirect = [0x11, ends(Y), Y2];
+    let knowing = |steps: &[&[u8]]| [&[0xff, 4][..], &steps.concat()].concat();
     vec![
+        (
+            "redirect",
+            script(&[
+                &redirect,
+                &own_ack,
+                &established(FIN, [C | P, Y2]),
+                &s.remote(Y, ACK, IRS | NEXT, ISS | 2 << 2, [0, 0]),
+            ]),
+        ),
+        ("redirect-reset", script(&[&redirect, &established(RST, [C | P, Y2])])),
+        ("redirect-given-up", script(&[&redirect, &own_ack, &[7, 6, 7, 6], &own_ack])),
+        ("rebound", knowing(&[&established(ACK, [R | P, Y]), &own_ack, &established(DATA, [R | P, Y])])),
         ("turned", script(&[&asks, &syn_ack(Y), &from_client(Y, DATA, [R | C | P, X]), &syn_ack(Y)])),
         (
             "answered",

@@ -1,22 +1,26 @@
 //! Target `server`: [`Server`] between a network and a TCP that send anything at any time.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::draw::{Draw, Ends, MAX_STEPS, PORTS, vip};
-use super::invariants::{Snapshot, parses, well_made};
-use crate::redirect::{Action, Server, ServerConfig, ServerCounters, ServicePorts, Towards};
+use super::draw::{CLIENT_PORTS, Draw, Ends, MAX_STEPS, PORTS, vip};
+use super::invariants::{Snapshot, parses, same, well_made};
+use crate::redirect::{
+    Action, ConnectionNumbers, Server, ServerConfig, ServerCounters, ServicePorts, Towards,
+};
 use crate::time::Instant;
-use crate::wire::{Packet, SeqNumber};
+use crate::wire::{DEFAULT_EXID, Packet, SeqNumber};
 
 const MTUS: [usize; 4] = [1500, 1280, 96, 65_535];
 
 /// Two bytes of configuration, then steps of one byte each and what they need: segments of either side, ICMP errors
-/// about what was sent, time, what listens, what goes elsewhere, reloads, replies that a TCP owes.
+/// about what was sent, time, what listens, what goes elsewhere, reloads, replies that a TCP owes; redirects of
+/// connections (§4), and clients that change their port (§5).
 ///
 /// # Panics
 /// If the half-open table outgrows its bound, a right checksum becomes wrong, a packet larger than the MTU, what is
 /// sent does not parse, a deadline stays in the past, a packet gets more than one answer, or a segment that is neither
-/// SYN nor SYN-ACK is changed.
+/// SYN nor SYN-ACK is changed otherwise than by the option and the client's port, and those only once somebody asked.
 pub fn server(data: &[u8]) {
     let _ = run(data);
 }
@@ -59,7 +63,23 @@ struct World {
     now: Instant,
     /// The latest packets towards the network.
     sent: Vec<Packet>,
+    /// Whether any connection was to move, or any client could change its port.
+    moving: bool,
+    /// Whether the driver knows the local TCP's numbers.
+    knowing: bool,
 }
+
+/// Where every connection stands, for a driver that knows.
+const NUMBERS: ConnectionNumbers = ConnectionNumbers {
+    snd_una: SeqNumber(9001),
+    snd_nxt: SeqNumber(9001),
+    max_window: 65_535,
+    rcv_nxt: SeqNumber(1001),
+    window: 100,
+    timestamps: None,
+};
+/// The most packets that a step may make the machine send: of timers of all connections that there can be.
+const MAX_BURST: usize = 4096;
 
 impl World {
     fn new(draw: &mut Draw<'_>) -> World {
@@ -75,11 +95,25 @@ impl World {
             ..Default::default()
         };
         let now = Instant::from_millis(1000);
-        World { server: Server::new(config), services, half_open_limit, mtu, now, sent: Vec::new() }
+        World {
+            server: Server::new(config),
+            services,
+            half_open_limit,
+            mtu,
+            now,
+            sent: Vec::new(),
+            moving: false,
+            knowing: second & 4 != 0,
+        }
     }
 
     fn step(&mut self, draw: &mut Draw<'_>) {
-        match draw.byte() & 15 {
+        let step = draw.byte();
+        if step & 0xf0 == 0x10 {
+            self.move_step(step, draw);
+            return;
+        }
+        match step & 15 {
             0..=3 => {
                 if let Some((_, packet)) = draw.segment(true) {
                     self.remote(packet);
@@ -122,9 +156,31 @@ impl World {
         }
     }
 
+    /// What a driver asks of the machine beyond handshakes.
+    fn move_step(&mut self, step: u8, draw: &mut Draw<'_>) {
+        let Ends { client, vip } = draw.ends();
+        match step & 3 {
+            0 | 1 => {
+                let to = SocketAddr::new(vip.ip(), PORTS[usize::from(draw.byte() & 7)]);
+                let numbers = (step & 1 != 0).then_some(NUMBERS);
+                let begun = self.server.redirect_connection(self.now, client, vip, to, numbers).is_ok();
+                assert!(!begun || to != vip, "a redirect to where it is");
+                self.moving |= begun;
+            }
+            2 => {
+                self.server.cancel_redirect(client, vip);
+            }
+            _ => self.server.forget_connection(client, vip),
+        }
+    }
+
     fn remote(&mut self, mut packet: Packet) {
         let snapshot = Snapshot::of(&packet);
-        let action = self.server.handle_remote(self.now, &mut packet);
+        let knowing = self.knowing;
+        let numbers =
+            |_: SocketAddr, peer: SocketAddr| (knowing && peer.port() != CLIENT_PORTS[3]).then_some(NUMBERS);
+        let action = self.server.handle_remote_knowing(self.now, &mut packet, &numbers);
+        self.moving |= self.server.counters().rebinds > 0;
         self.handled(&snapshot, &packet);
         if action == Action::Drop {
             let before = snapshot.before();
@@ -152,7 +208,16 @@ impl World {
         let before = snapshot.before();
         let may_change =
             before.icmp().is_some() || before.tcp().is_some_and(|tcp| tcp.is_syn() || tcp.is_syn_ack());
-        assert!(may_change || packet == before, "{before:?} was changed to {packet:?}");
+        assert!(may_change || self.moving || packet == before, "{before:?} was changed to {packet:?}");
+        let unmarked = before.tcp().is_some_and(|tcp| tcp.redirect(DEFAULT_EXID) == Ok(None));
+        if let Some((source, destination)) = before.ports().filter(|_| !may_change && unmarked) {
+            // The option and the client's port apart it is what it was.
+            let mut restored = packet.clone();
+            restored.strip_redirect(DEFAULT_EXID);
+            restored.set_source_port(source);
+            restored.set_destination_port(destination);
+            assert!(same(&restored, before), "{before:?} was changed to {packet:?}");
+        }
         assert_eq!((packet.source(), packet.destination()), (before.source(), before.destination()));
     }
 
@@ -211,7 +276,16 @@ impl World {
 
     /// Drains the machine, as a driver does after every step.
     fn settle(&mut self) {
-        let _ = self.answer();
+        let mut burst = 0;
+        while let Some(transmit) = self.server.poll_transmit(self.now) {
+            burst += 1;
+            assert!(burst <= MAX_BURST, "more than {MAX_BURST} packets of one step");
+            well_made(&transmit.packet);
+            assert!(transmit.packet.len() <= self.mtu.max(96) || transmit.towards == Towards::Local);
+            if transmit.towards == Towards::Network {
+                self.keep(transmit.packet);
+            }
+        }
         while self.server.poll_event().is_some() {}
         assert!(self.server.half_open_count() <= self.half_open_limit);
         assert!(self.server.poll_timeout().is_none_or(|at| at > self.now), "a deadline stays in the past");
@@ -220,7 +294,8 @@ impl World {
     /// A day later nothing is remembered of anybody.
     fn end(&mut self) {
         self.now += Duration::from_hours(24);
-        assert_eq!(self.server.poll_transmit(self.now), None);
+        self.settle();
+        assert_eq!(self.server.redirection_count(), 0);
         assert_eq!((self.server.half_open_count(), self.server.poll_timeout()), (0, None));
     }
 }

@@ -78,6 +78,12 @@ fn the_client_scripts_reach_every_end_of_a_handshake() {
     assert!(sum(|c| c.plain_silence) >= 2, "silence");
     assert!(sum(|c| c.plain_service_port) >= 6, "service port");
     assert!(sum(|c| c.stray_syn_acks) >= 2, "stray");
+    assert!(sum(|c| c.moves_asked) >= 4, "asked to move");
+    assert!(sum(|c| c.moves_opened) >= 4, "next part");
+    assert!(sum(|c| c.moves_failed) >= 2, "refused move");
+    assert!(sum(|c| c.moves_closed) >= 2, "confirming close");
+    assert!(sum(|c| c.rebinds) >= 2, "rebind");
+    assert!(sum(|c| c.rebinds_failed) >= 2, "rebind given up");
 }
 
 #[test]
@@ -103,6 +109,10 @@ fn the_server_scripts_reach_every_rule() {
     assert!(sum(|c| c.challenge_acks) >= 2, "S7");
     assert!(sum(|c| c.resets) >= 2, "S8");
     assert!(sum(|c| c.bad_options) >= 2, "W1");
+    assert!(sum(|c| c.redirects_confirmed) >= 4, "confirmed");
+    assert!(sum(|c| c.redirects_given_up) >= 2, "given up");
+    assert!(sum(|c| c.redirects_said) >= 4, "said");
+    assert!(sum(|c| c.rebinds) >= 2, "rebound");
 }
 
 /// Random bytes of every length: a short run without the fuzzer, which finds nothing new but needs no tools.

@@ -12,6 +12,8 @@
 mod answer;
 mod config;
 mod half_open;
+#[cfg(test)]
+mod move_tests;
 mod rebind;
 mod redirection;
 #[cfg(test)]

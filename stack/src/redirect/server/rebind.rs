@@ -20,13 +20,14 @@ pub(super) struct Rebind {
     port: u16,
     /// All that it had, but the one the local TCP knows.
     ports: Vec<u16>,
-    /// C P=p', until a segment comes from there.
+    /// C P=p', until a segment comes from there, and until when at the most.
     announcement: Option<Announcement>,
+    give_up: Instant,
 }
 
 impl Rebind {
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.announcement.as_ref().map(Announcement::deadline)
+        self.announcement.as_ref().map(|said| said.deadline().min(self.give_up))
     }
 }
 
@@ -64,10 +65,12 @@ impl Server {
         }
         let wire = Key { client: SocketAddr::new(key.client.ip(), port), service: key.service };
         let option = RedirectOption { confirm: true, port: Some(port), ..RedirectOption::default() };
+        let give_up = now + self.redirect_timeout;
         if let Some(rebind) = self.rebinds.get_mut(&key).filter(|rebind| rebind.port == port) {
             // It has not heard the confirmation.
             let again = || Announcement::new(now, option, known);
             rebind.announcement.get_or_insert_with(again).hasten(now);
+            rebind.give_up = give_up;
             self.schedule(now, key);
             return;
         }
@@ -81,9 +84,9 @@ impl Server {
             return;
         }
         let announcement = Announcement::new(now, option, known);
-        let rebind =
-            self.rebinds.entry(key).or_insert(Rebind { port, ports: Vec::new(), announcement: None });
-        rebind.port = port;
+        let new = Rebind { port, ports: Vec::new(), announcement: None, give_up };
+        let rebind = self.rebinds.entry(key).or_insert(new);
+        (rebind.port, rebind.give_up) = (port, give_up);
         rebind.ports.push(port);
         rebind.announcement = Some(announcement);
         self.rebound.insert(wire, key.client);
@@ -115,6 +118,10 @@ impl Server {
     pub(super) fn on_rebind_timer(&mut self, now: Instant, key: Key) {
         let (exid, mtu, ends) = (self.exid, self.mtu, self.wire_ends(key));
         let Some(rebind) = self.rebinds.get_mut(&key) else { return };
+        if now >= rebind.give_up {
+            // A client that is still there asks again.
+            rebind.announcement = None;
+        }
         let said = rebind.announcement.as_mut().and_then(|said| said.poll(now, ends, exid, mtu));
         if let Some(packet) = said {
             self.transmit(Towards::Network, packet);

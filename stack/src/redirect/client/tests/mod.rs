@@ -3,11 +3,13 @@
 mod handover;
 mod handshake;
 mod memory;
+mod moves;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use super::*;
+use crate::redirect::ConnectionNumbers;
 use crate::wire::observed_digest;
 
 const X: u16 = 443;
