@@ -80,21 +80,22 @@ impl From<EndpointError> for io::Error {
     fn from(error: EndpointError) -> io::Error {
         let kind = match error {
             EndpointError::NoAddress(_) | EndpointError::NoPort(_) => io::ErrorKind::AddrNotAvailable,
-            EndpointError::Unusable(_) => io::ErrorKind::InvalidInput,
-            EndpointError::TooMany(_) => io::ErrorKind::QuotaExceeded,
-            EndpointError::InUse(_) => io::ErrorKind::AddrInUse,
+            EndpointError::Unusable(_) | EndpointError::Redirect(RedirectError::Target(_)) => {
+                io::ErrorKind::InvalidInput
+            }
+            EndpointError::TooMany(_) | EndpointError::Redirect(RedirectError::TooMany(_)) => {
+                io::ErrorKind::QuotaExceeded
+            }
+            EndpointError::InUse(_) | EndpointError::Rebind(RebindError::Port(_)) => io::ErrorKind::AddrInUse,
             EndpointError::Role
             | EndpointError::Redirect(RedirectError::NoServicePort(_))
             | EndpointError::Rebind(RebindError::Translated | RebindError::NotRedirected) => {
                 io::ErrorKind::Unsupported
             }
             EndpointError::Over => io::ErrorKind::NotConnected,
-            EndpointError::Redirect(RedirectError::Target(_)) => io::ErrorKind::InvalidInput,
-            EndpointError::Redirect(RedirectError::TooMany(_)) => io::ErrorKind::QuotaExceeded,
             EndpointError::Redirect(RedirectError::UnderWay) | EndpointError::Rebind(RebindError::Busy) => {
                 io::ErrorKind::ResourceBusy
             }
-            EndpointError::Rebind(RebindError::Port(_)) => io::ErrorKind::AddrInUse,
         };
         io::Error::new(kind, error)
     }

@@ -19,7 +19,7 @@ use crate::redirect::{ClientEvent, RedirectOutcome, ServerEvent};
 use crate::time::Instant;
 use crate::wire::RedirectOption;
 
-/// Parts of a stream that are not read to their end; further moves wait.
+/// Parts of a stream that are not read to their end; further moves wait (`M9`).
 const MAX_PARTS: usize = 8;
 /// Events of a stream that wait for its program.
 const MAX_EVENTS: usize = 64;
@@ -93,6 +93,12 @@ struct Opening {
     holds: bool,
 }
 
+fn wake(waiting: &mut Option<Waker>) {
+    if let Some(waker) = waiting.take() {
+        waker.wake();
+    }
+}
+
 impl Stream {
     fn back(&self) -> Option<ConnectionId> {
         self.parts.back().copied()
@@ -103,27 +109,25 @@ impl Stream {
             self.events.pop_front();
         }
         self.events.push_back(event);
-        self.waiting.events.take().map(Waker::wake);
+        wake(&mut self.waiting.events);
     }
 
     fn wake(&mut self) {
-        self.waiting.reader.take().map(Waker::wake);
-        self.waiting.writer.take().map(Waker::wake);
+        wake(&mut self.waiting.reader);
+        wake(&mut self.waiting.writer);
     }
 
     pub(super) fn wake_all(&mut self) {
         self.wake();
-        self.waiting.events.take().map(Waker::wake);
+        wake(&mut self.waiting.events);
     }
 
     pub(super) fn poll_event(&mut self, waker: &Waker) -> Poll<Option<MoveEvent>> {
-        match self.events.pop_front() {
-            Some(event) => Poll::Ready(Some(event)),
-            None => {
-                self.waiting.events = Some(waker.clone());
-                Poll::Pending
-            }
+        if let Some(event) = self.events.pop_front() {
+            return Poll::Ready(Some(event));
         }
+        self.waiting.events = Some(waker.clone());
+        Poll::Pending
     }
 
     /// Whether writes wait for the next part; `waker` then hears of it.
@@ -198,12 +202,12 @@ impl Connections {
     }
 
     fn on_client_event(&mut self, now: Instant, event: ClientEvent) {
-        let (local, vip) = match event {
-            ClientEvent::Redirected { local, vip, .. }
-            | ClientEvent::MoveAsked { local, vip, .. }
-            | ClientEvent::Rebound { local, vip, .. }
-            | ClientEvent::RebindFailed { local, vip, .. } => (local, vip),
-            _ => return,
+        let (ClientEvent::Redirected { local, vip, .. }
+        | ClientEvent::MoveAsked { local, vip, .. }
+        | ClientEvent::Rebound { local, vip, .. }
+        | ClientEvent::RebindFailed { local, vip, .. }) = event
+        else {
+            return;
         };
         let Some(id) = self.keys.get(&Key { local, peer: vip }).copied() else { return };
         let Some(connection) = self.connections.get_mut(&id) else { return };
@@ -217,10 +221,10 @@ impl Connections {
     }
 
     fn on_server_event(&mut self, now: Instant, event: ServerEvent) {
-        let (client, service) = match event {
-            ServerEvent::Confirmed { client, service, .. }
-            | ServerEvent::Redirection { client, service, .. } => (client, service),
-            _ => return,
+        let (ServerEvent::Confirmed { client, service, .. }
+        | ServerEvent::Redirection { client, service, .. }) = event
+        else {
+            return;
         };
         let Some(id) = self.keys.get(&Key { local: service, peer: client }).copied() else { return };
         let Some(connection) = self.connections.get_mut(&id) else { return };
@@ -306,7 +310,7 @@ impl Connections {
         self.move_timers.extend(deadline.map(|at| (at, head)));
     }
 
-    /// What a failed part did not deliver is missing for those behind it.
+    /// `M7`: what a failed part did not deliver is missing for those behind it.
     fn spread_failure(&mut self, head: ConnectionId) {
         let Some(stream) = self.streams.get(&head) else { return };
         let failure = |id: &ConnectionId| self.connections.get(id).and_then(|connection| connection.failure);
@@ -335,6 +339,7 @@ impl Connections {
         } else if now >= asked.until {
             self.give_up(head, asked, MoveError::NoBoundary, true);
         } else if stream.parts.len() < MAX_PARTS {
+            // M8
             let here = match stream.move_at {
                 MoveAt::Immediately => true,
                 MoveAt::Boundary => connection.boundary == connection.written,
@@ -359,7 +364,7 @@ impl Connections {
         }
     }
 
-    /// Opens the next part.
+    /// `M6`: opens the next part.
     fn open_part(&mut self, now: Instant, head: ConnectionId, asked: Asked) {
         match self.connect_part(now, head, asked.to) {
             Ok(id) => {
@@ -392,7 +397,9 @@ impl Connections {
             Machine::Server(_) => false,
         };
         if !expected {
-            self.ports.as_mut().map(|ports| ports.release(local, to.ip()));
+            if let Some(ports) = &mut self.ports {
+                ports.release(local, to.ip());
+            }
             return Err(EndpointError::Over);
         }
         let id = self.create(now, key);
@@ -437,7 +444,7 @@ impl Connections {
         self.serve(now, opening.id);
     }
 
-    /// The new part is confirmed: what is written from here on goes there.
+    /// `M7`: the new part is confirmed: what is written from here on goes there.
     fn cut(&mut self, now: Instant, head: ConnectionId, opening: Opening) {
         let Some(stream) = self.streams.get_mut(&head) else { return };
         let Some(old_id) = stream.back() else { return };
@@ -493,7 +500,7 @@ impl Connections {
         PartEnd::Next
     }
 
-    /// The program has ended its half: a move that is not done is off.
+    /// `M8`: the program has ended its half: a move that is not done is off.
     pub(super) fn shut_down_stream(&mut self, now: Instant, head: ConnectionId) {
         let Some(stream) = self.streams.get_mut(&head) else { return };
         stream.shut = true;

@@ -1,5 +1,5 @@
 //! Telling the other end something until it is known to have heard: on segments that pass and have room, else on
-//! duplicate pure ACKs (PROTOCOL.md §4, W2, W3).
+//! duplicate pure ACKs (rules `M1`, `P1`, `W2`, `W3`).
 
 use std::net::SocketAddr;
 use std::time::Duration;

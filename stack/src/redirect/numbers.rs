@@ -48,7 +48,7 @@ fn at_or_before(a: u32, b: u32) -> bool {
 }
 
 impl ConnectionNumbers {
-    /// Whether a request on this segment is obeyed (§4): SEG.SEQ = RCV.NXT, SND.UNA - MAX.SND.WND <= SEG.ACK <= SND.NXT
+    /// Whether a request on this segment is obeyed (`M3`): SEG.SEQ = RCV.NXT, SND.UNA - MAX.SND.WND <= SEG.ACK <= SND.NXT
     /// (RFC 5961 §5.2), and where the connection uses timestamps a `TSval` that PAWS takes and a `TSecr` that is
     /// neither older than the last nor from the future.
     pub fn exact(&self, tcp: &TcpView<'_>) -> bool {

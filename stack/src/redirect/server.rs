@@ -188,12 +188,11 @@ impl Server {
             self.on_redirection_remote(key, packet);
         }
         let asks = packet.tcp().filter(|tcp| tcp.header_len() > 20 && self.ports.contains_key(&key.service));
-        match asks.map(|tcp| tcp.redirect(self.exid)) {
-            // A handover says R C; a client that wants another own port R alone.
-            Some(Ok(Some(RedirectOption { redirect: true, confirm: false, port: Some(port), .. }))) => {
-                self.on_rebind_asked(now, key, packet, port, numbers);
-            }
-            _ => {}
+        let option = asks.and_then(|tcp| tcp.redirect(self.exid).ok().flatten());
+        // A handover says R C; a client that wants another own port R alone.
+        if let Some(port) = option.filter(|option| option.redirect && !option.confirm).and_then(|it| it.port)
+        {
+            self.on_rebind_asked(now, key, packet, port, numbers);
         }
         self.pass()
     }
@@ -241,7 +240,7 @@ impl Server {
                 break;
             }
             self.unschedule(key);
-            if self.redirections.get(&key).is_some() {
+            if self.redirections.contains_key(&key) {
                 self.on_redirection_timer(now, key, self.wire_ends(key));
             }
             self.on_rebind_timer(now, key);

@@ -111,14 +111,14 @@ impl Client {
         packet.set_destination_port(key.local.port());
     }
 
-    /// R P=Z on a segment from Y.
+    /// `M3`, `M5`: R P=Z on a segment from Y.
     fn on_move_asked(&mut self, key: FlowKey, packet: &Packet, to: SocketAddr, numbers: NumbersOf<'_>) {
         let on_redirect = self.on_redirect(key.vip);
         let accepted = self.may_move(key, to);
         let Some(flow) = self.flows.get_mut(&key) else { return };
         let from = flow.present_port();
         let Some(live) = flow.live.as_mut() else { return };
-        // Once a connection: again only elsewhere, after the first has failed.
+        // M4: once a connection, again only elsewhere, after the first has failed.
         let again = live.asked.is_some_and(|asked| asked == to || !live.failed);
         if on_redirect == OnRedirect::Ignore || again {
             return;
@@ -140,7 +140,7 @@ impl Client {
         });
     }
 
-    /// Whether a connection may go there at all (C3, §7): another port, in the allowed range or the one that the
+    /// Whether a connection may go there at all (`M4`, `C3`, §7): another port, in the allowed range or the one that the
     /// program has asked for itself, not denied; another address only if configured.
     fn may_move(&self, key: FlowKey, to: SocketAddr) -> bool {
         let Some(flow) = self.flows.get(&key) else { return false };
@@ -155,7 +155,7 @@ impl Client {
     }
 
     /// The SYN that `opening` sends to where the connection (`local`, `vip`) was asked to go will open its next part
-    /// (§4): it carries R C P=Y, and what is not confirmed is refused, never plain. `opening` has an own port that no
+    /// (`M6`): it carries R C P=Y, and what is not confirmed is refused, never plain. `opening` has an own port that no
     /// other connection to that address uses (`C8`). False if no such move was asked for.
     pub fn expect_move(&mut self, local: SocketAddr, vip: SocketAddr, opening: SocketAddr) -> bool {
         let Some(flow) = self.flows.get(&FlowKey { local, vip }) else { return false };
@@ -182,7 +182,7 @@ impl Client {
         }
     }
 
-    /// The connection has moved: FINs and RSTs of its old part carry C P=Z from now on.
+    /// The connection has moved (`M7`): FINs and RSTs of its old part carry C P=Z from now on.
     pub fn close_moved(&mut self, local: SocketAddr, vip: SocketAddr) {
         let flow = self.flows.get_mut(&FlowKey { local, vip });
         if let Some(live) = flow.and_then(|flow| flow.live.as_mut()) {
@@ -191,7 +191,7 @@ impl Client {
     }
 }
 
-/// Whether a segment may ask or confirm anything (§4). The driver's numbers are better than those followed: a local
+/// Whether a segment may ask or confirm anything (`M3`). The driver's numbers are better than those followed: a local
 /// TCP has received more than it has acknowledged.
 pub(super) fn exact(live: &Live, key: FlowKey, packet: &Packet, numbers: NumbersOf<'_>) -> bool {
     let known = numbers(key.local, key.vip).or(live.track.as_ref().map(Track::numbers));

@@ -103,7 +103,7 @@ impl Client {
         Action::Pass
     }
 
-    /// §4: opens the next part of a connection that comes from port Y: R C P=Y, confirmed or refused.
+    /// `M6`: opens the next part of a connection that comes from port Y: R C P=Y, confirmed or refused.
     fn open_moved(&mut self, now: Instant, key: FlowKey, coming: Coming, packet: &mut Packet) -> Action {
         packet.blank_fast_open();
         let syn = packet.clone();

@@ -12,11 +12,11 @@ use crate::redirect::numbers::{ConnectionNumbers, NumbersOf, Track};
 use crate::time::Instant;
 use crate::wire::{Packet, RedirectOption};
 
-/// Own ports that one connection may go through: segments of all of them are taken while it lasts.
+/// Own ports that one connection may go through: segments of all of them are taken while it lasts (`P4`).
 const MAX_REBINDS: usize = 4;
 
 impl Client {
-    /// Asks the server of (`local`, `vip`) to send to own port `port` from now on (§5). [`ClientEvent::Rebound`] or
+    /// Asks the server of (`local`, `vip`) to send to own port `port` from now on (`P1`). [`ClientEvent::Rebound`] or
     /// [`ClientEvent::RebindFailed`] follows; until then and afterwards segments to either port are taken. `numbers`
     /// are the connection's, where the driver knows them.
     ///
@@ -61,7 +61,7 @@ impl Client {
         Ok(())
     }
 
-    /// C P=p' on a segment from Y.
+    /// `P3`: C P=p' on a segment from Y.
     pub(super) fn on_rebind_confirmed(
         &mut self,
         key: FlowKey,

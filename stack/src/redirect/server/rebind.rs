@@ -10,7 +10,7 @@ use crate::redirect::numbers::NumbersOf;
 use crate::time::Instant;
 use crate::wire::{Packet, RedirectOption};
 
-/// Own ports that one client may go through while its connection lasts.
+/// Own ports that one client may go through while its connection lasts (`P4`).
 const MAX_REBINDS: usize = 4;
 
 /// A connection whose client has changed its port.
@@ -48,7 +48,7 @@ impl Server {
         Some(key)
     }
 
-    /// R P=p' on a segment of the client.
+    /// `P2`: R P=p' on a segment of the client.
     pub(super) fn on_rebind_asked(
         &mut self,
         now: Instant,

@@ -36,7 +36,7 @@ impl Redirection {
 
 impl Server {
     /// Asks the client of the established connection (`client`, `service`) to go on at port `to`, at any time after
-    /// the handshake (§4, O11): R P=Z on every segment that passes and has room, else on duplicate ACKs, until
+    /// the handshake (`M1`, O11): R P=Z on every segment that passes and has room, else on duplicate ACKs, until
     /// [`ServerEvent::Redirection`] says what became of it. `numbers` are the local TCP's, where the driver knows them;
     /// else they are learnt from the segments that pass.
     ///
@@ -115,7 +115,7 @@ impl Server {
         self.report(ServerEvent::Redirection { client, service, to: redirection.to, outcome });
     }
 
-    /// A segment of the client: its close, once the local TCP has taken it, ends the redirect.
+    /// `M2`: a segment of the client: its close, once the local TCP has taken it, ends the redirect.
     pub(super) fn on_redirection_remote(&mut self, key: Key, packet: &Packet) {
         let Some(tcp) = packet.tcp() else { return };
         let flags = tcp.flags();
@@ -127,7 +127,7 @@ impl Server {
         let confirms = option
             .is_some_and(|option| option.confirm && !option.redirect && option.port == Some(redirection.to));
         if flags.contains(TcpFlags::RST) {
-            // RFC 5961 §3.2: any other is not taken either.
+            // RFC 5961 §3.2: the local TCP takes no other either.
             let exact = redirection.announcement.stands().is_some_and(|(_, rcv_nxt)| tcp.seq() == rcv_nxt);
             if exact {
                 let outcome = if confirms { RedirectOutcome::Confirmed } else { RedirectOutcome::Closed };
@@ -188,7 +188,7 @@ impl Server {
         self.schedule(now, key);
     }
 
-    /// O8: the client never closed.
+    /// `M2`, O8: the client never closed.
     fn reset_redirected(&mut self, key: Key, (source, destination): (SocketAddr, SocketAddr)) {
         let stands = self.redirections.get(&key).and_then(|known| known.announcement.stands());
         if let Some((snd_nxt, rcv_nxt)) = stands {

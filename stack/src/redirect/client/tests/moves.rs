@@ -14,7 +14,7 @@ impl World {
         self.reconnect(Some(self.local));
         let data = self.own(TcpFlags::ACK | TcpFlags::PSH, SND_UNA, RCV_NXT - 20, &[1; 10]);
         self.local(data);
-        let answer = self.from_server(Y, TcpFlags::ACK, RCV_NXT - 20, SND_UNA, None, &[2; 20]);
+        let answer = self.segment_of_server(Y, TcpFlags::ACK, RCV_NXT - 20, SND_UNA, None, &[2; 20]);
         assert!(self.remote(answer).is_some());
         let ack = self.own(TcpFlags::ACK, SND_NXT, RCV_NXT, &[]);
         self.local(ack);
@@ -27,7 +27,7 @@ impl World {
         Segment { seq, ack, window: 500, options: &options, payload, ..bare }.emit()
     }
 
-    fn from_server(
+    fn segment_of_server(
         &self,
         port: u16,
         flags: TcpFlags,
@@ -47,7 +47,7 @@ impl World {
 
     /// R P=`port` as the server at Y says it.
     fn ask(&mut self, option: RedirectOption) -> Vec<ClientEvent> {
-        let packet = self.from_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, Some(option), &[]);
+        let packet = self.segment_of_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, Some(option), &[]);
         assert!(self.remote(packet).is_some(), "the local TCP gets it in any case");
         self.events()
     }
@@ -119,7 +119,7 @@ fn o7_none_of_a_million_forged_redirects_is_obeyed_and_an_exact_one_is() {
             _ if seq != RCV_NXT => (seq, ack),
             _ => continue,
         };
-        let packet = world.from_server(Y, TcpFlags::ACK, seq, ack, Some(asking(Z)), &[]);
+        let packet = world.segment_of_server(Y, TcpFlags::ACK, seq, ack, Some(asking(Z)), &[]);
         let _ = world.remote(packet);
     }
     assert_eq!(world.events(), []);
@@ -153,7 +153,7 @@ fn c3_a_redirect_leads_only_where_it_may() {
     assert_eq!(world.client.counters().moves_refused, 4);
     // An echo of what a handover says is no redirect.
     assert_eq!(world.ask(RedirectOption { confirm: true, ..asking(Z) }), []);
-    let late = world.from_server(X, TcpFlags::ACK, RCV_NXT, SND_NXT, Some(asking(Z)), &[]);
+    let late = world.segment_of_server(X, TcpFlags::ACK, RCV_NXT, SND_NXT, Some(asking(Z)), &[]);
     assert!(world.remote(late).is_none());
     assert_eq!(world.events(), []);
     // The port that was asked for in the first place, though it is no service port.
@@ -201,7 +201,7 @@ fn the_numbers_that_a_driver_knows_are_better_than_those_followed() {
         timestamps: None,
     };
     for (seq, obeyed) in [(RCV_NXT, false), (RCV_NXT + 100, true)] {
-        let mut packet = world.from_server(Y, TcpFlags::ACK, seq, SND_NXT, Some(asking(Z)), &[]);
+        let mut packet = world.segment_of_server(Y, TcpFlags::ACK, seq, SND_NXT, Some(asking(Z)), &[]);
         let _ = world.client.handle_remote_knowing(world.now, &mut packet, &|_, _| Some(known));
         assert_eq!(world.events().len(), usize::from(obeyed));
     }
@@ -355,19 +355,19 @@ fn o9_the_client_asks_until_the_server_confirms_and_takes_segments_to_both_ports
         let data = world.local(data).unwrap();
         assert_eq!((option_of(&data), ports(&data)), (Some(asking(OWN)), (world.local.port(), Y)));
         // Already sent there, but not yet confirmed.
-        let mut early = world.from_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, None, &[3; 4]);
+        let mut early = world.segment_of_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, None, &[3; 4]);
         early.set_destination_port(OWN);
         let up = world.remote(early).unwrap();
         assert_eq!(ports(&up), (X, world.local.port()));
         // A stranger's confirmation is none.
         let mut forged =
-            world.from_server(Y, TcpFlags::ACK, RCV_NXT + 1, SND_NXT, Some(confirming(OWN)), &[]);
+            world.segment_of_server(Y, TcpFlags::ACK, RCV_NXT + 1, SND_NXT, Some(confirming(OWN)), &[]);
         forged.set_destination_port(OWN);
         let _ = world.remote(forged);
         assert_eq!(world.events(), []);
         for again in [false, true] {
             let mut confirmed =
-                world.from_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, Some(confirming(OWN)), &[]);
+                world.segment_of_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, Some(confirming(OWN)), &[]);
             confirmed.set_destination_port(OWN);
             assert!(world.remote(confirmed).is_some());
             assert_eq!(world.events().len(), usize::from(!again));
@@ -377,7 +377,7 @@ fn o9_the_client_asks_until_the_server_confirms_and_takes_segments_to_both_ports
         assert_eq!((option_of(&data), ports(&data)), (None, (OWN, Y)));
         assert!(world.sent().is_empty());
         assert_eq!(world.client.poll_timeout(), None);
-        let late = world.from_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, None, &[3; 4]);
+        let late = world.segment_of_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, None, &[3; 4]);
         assert_eq!(ports(&world.remote(late).unwrap()), (X, world.local.port()));
         // I2: an error quotes what the network saw.
         let error = world.icmp_about(&data, None);
@@ -397,11 +397,11 @@ fn o9_none_of_many_forged_confirmations_is_believed() {
     for _ in 0..100_000 {
         let seq = SeqNumber(random(&mut state));
         if seq != RCV_NXT {
-            let packet = world.from_server(Y, TcpFlags::ACK, seq, SND_NXT, Some(confirming(OWN)), &[]);
+            let packet = world.segment_of_server(Y, TcpFlags::ACK, seq, SND_NXT, Some(confirming(OWN)), &[]);
             let _ = world.remote(packet);
         }
     }
-    let unasked = world.from_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, Some(confirming(OWN + 1)), &[]);
+    let unasked = world.segment_of_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, Some(confirming(OWN + 1)), &[]);
     let _ = world.remote(unasked);
     assert_eq!(world.events(), []);
     assert_eq!(world.client.counters().rebinds, 0);
@@ -415,7 +415,7 @@ fn o9_a_port_that_is_not_confirmed_is_given_up_but_still_heard() {
     world.sent();
     assert!(matches!(world.events()[..], [ClientEvent::RebindFailed { port: OWN, .. }]));
     assert_eq!(world.client.poll_timeout(), None);
-    let mut late = world.from_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, None, &[3; 4]);
+    let mut late = world.segment_of_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, None, &[3; 4]);
     late.set_destination_port(OWN);
     assert_eq!(ports(&world.remote(late).unwrap()), (X, world.local.port()));
     let data = world.own(TcpFlags::ACK, SND_NXT, RCV_NXT, &[1; 10]);
