@@ -18,6 +18,7 @@ pub(crate) fn balancer(arguments: DaemonArgs) -> anyhow::Result<ExitCode> {
             ready: Some(ready),
             config_path: None,
             state_dir: Some(arguments.state_dir),
+            ..shunt_balancer::RunOptions::default()
         };
         shunt_balancer::run(config, options, shutdown)
     })

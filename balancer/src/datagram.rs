@@ -11,6 +11,9 @@ use crate::route::{Decision, DropReason};
 use crate::select::Request;
 use crate::table::{ServerId, Vip};
 
+/// Bytes of a UDP header.
+const UDP_HEADER: usize = 8;
+
 impl Balancer {
     /// §6: a service port's owner, or selection.
     pub(crate) fn datagram(&self, vip: &Vip, packet: &Packet) -> Result<(ServerId, Decision), DropReason> {
@@ -24,6 +27,8 @@ impl Balancer {
             client: SocketAddr::new(packet.source(), source),
             service: SocketAddr::new(vip.address, port),
             isn: None,
+            dscp: packet.dscp(),
+            payload: packet.bytes().get(packet.transport_offset() + UDP_HEADER..).unwrap_or_default(),
         };
         let server = set.datagram(&request).ok_or(DropReason::NoServer(port))?;
         Ok((server, Decision::Datagram))

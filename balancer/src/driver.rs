@@ -7,6 +7,7 @@ use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -18,11 +19,14 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 
 use crate::config::{Config, ForwardMode};
+use crate::connections::Connections;
 use crate::host::{Devices, ServerDevice, changes, device_name, main_mtu};
-use crate::{Balancer, DropReason, Memory, Output, SelectKey};
+use crate::{Balancer, DropReason, LoadError, Memory, Output, SelectKey, Snapshot};
 
 /// How often counters are logged, at level debug.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// The most packets for which the time is told once.
+const BATCH: u32 = 64;
 /// The host session's name.
 const SESSION: &str = "balancer";
 
@@ -37,6 +41,57 @@ pub struct RunOptions {
     pub config_path: Option<PathBuf>,
     /// Where the changes made to the host are kept, for the next start; [`DEFAULT_STATE_DIR`] unless given.
     pub state_dir: Option<PathBuf>,
+    /// Given a [`Handle`] on the running balancer once packets are forwarded.
+    pub handle: Option<oneshot::Sender<Handle>>,
+}
+
+/// A running balancer, from outside of its loop: from any thread, also after it has ended.
+#[derive(Clone)]
+pub struct Handle(Arc<dyn Running>);
+
+trait Running: Send + Sync {
+    fn set_load(&self, server: &str, load: f32) -> Result<(), LoadError>;
+    fn snapshot(&self) -> Snapshot;
+}
+
+struct Live<D> {
+    active: watch::Receiver<Arc<Active<D>>>,
+    clock: Clock,
+}
+
+impl<D: Device> Running for Live<D> {
+    fn set_load(&self, server: &str, load: f32) -> Result<(), LoadError> {
+        let active = Arc::clone(&self.active.borrow());
+        active.balancer.advance(self.clock.now());
+        active.balancer.set_load(server, load)
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let active = Arc::clone(&self.active.borrow());
+        active.balancer.advance(self.clock.now());
+        active.snapshot()
+    }
+}
+
+impl Handle {
+    /// Takes a server's load now; see [`Balancer::set_load`].
+    ///
+    /// # Errors
+    /// There is no such server, or the number is out of range.
+    pub fn set_load(&self, server: &str, load: f32) -> Result<(), LoadError> {
+        self.0.set_load(server, load)
+    }
+
+    /// All counters now, those of connections included.
+    pub fn snapshot(&self) -> Snapshot {
+        self.0.snapshot()
+    }
+}
+
+impl std::fmt::Debug for Handle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Handle(..)")
+    }
 }
 
 /// Why the daemon ended.
@@ -78,44 +133,57 @@ pub async fn run(
     options: RunOptions,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
-    let RunOptions { capture, ready, config_path, state_dir } = options;
+    let RunOptions { capture, ready, config_path, state_dir, handle } = options;
+    let told = Told { ready, handle };
     let state_dir = state_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR));
     let path = config_path.unwrap_or_else(|| config.path.clone());
     match capture {
-        None => serve(config, path, &state_dir, ready, shutdown, TunDevice::open).await,
+        None => serve(config, path, &state_dir, told, shutdown, TunDevice::open).await,
         Some(file) => {
             let capture = Capture::create(&file).map_err(|error| Error::Capture { path: file, error })?;
             let open = |name: &str| TunDevice::open(name).map(|tun| Captured::new(tun, &capture));
-            serve(config, path, &state_dir, ready, shutdown, open).await
+            serve(config, path, &state_dir, told, shutdown, open).await
         }
     }
+}
+
+/// Who is told that packets are forwarded.
+struct Told {
+    ready: Option<oneshot::Sender<()>>,
+    handle: Option<oneshot::Sender<Handle>>,
 }
 
 /// What packets are forwarded by: replaced as a whole.
 struct Active<D> {
     balancer: Balancer,
+    /// Statistics only: no decision knows of them.
+    connections: Option<Connections>,
     /// In `direct` mode one a server, else none.
     outputs: Vec<Arc<D>>,
 }
 
-async fn serve<D: Device>(
+async fn serve<D: Device + 'static>(
     config: Config,
     path: PathBuf,
     state_dir: &Path,
-    ready: Option<oneshot::Sender<()>>,
+    told: Told,
     shutdown: impl Future<Output = ()>,
     open: impl Fn(&str) -> io::Result<D>,
 ) -> Result<(), Error> {
     let hangups = signal(SignalKind::hangup()).map_err(Error::Signal)?;
     let mut daemon = Daemon::start(config, path, state_dir, open).await?;
     let (main, receiver) = (Arc::clone(&daemon.main), daemon.active.subscribe());
-    if let Some(ready) = ready {
-        // Whoever asked may have gone; that changes nothing here.
+    // Whoever asked may have gone; that changes nothing here.
+    if let Some(handle) = told.handle {
+        let live = Live { active: daemon.active.subscribe(), clock: daemon.clock };
+        let _ = handle.send(Handle(Arc::new(live)));
+    }
+    if let Some(ready) = told.ready {
         let _ = ready.send(());
     }
     tracing::info!(device = main.name(), mode = %daemon.config.forward, "forwarding");
     let result = tokio::select! {
-        error = carry(&*main, receiver) => Err(Error::Read { name: main.name().to_owned(), error }),
+        error = carry(&*main, receiver, daemon.clock) => Err(Error::Read { name: main.name().to_owned(), error }),
         () = daemon.control(hangups) => Ok(()),
         () = shutdown => Ok(()),
     };
@@ -123,13 +191,19 @@ async fn serve<D: Device>(
     result.and(closed)
 }
 
-/// Reads, decides, writes.
-async fn carry<D: Device>(main: &D, mut receiver: watch::Receiver<Arc<Active<D>>>) -> io::Error {
+/// Reads, decides, writes. The time is told at the begin of each batch: packets that were there without waiting.
+async fn carry<D: Device>(
+    main: &D,
+    mut receiver: watch::Receiver<Arc<Active<D>>>,
+    clock: Clock,
+) -> io::Error {
     let mut active = Arc::clone(&receiver.borrow_and_update());
-    let (clock, mut memory) = (Clock::start(), Memory::new(&active.balancer));
+    let mut memory = Memory::new(&active.balancer);
     let mut buffer = BytesMut::new();
+    let mut left = 0;
     loop {
-        let offload = match main.recv(&mut buffer).await {
+        let (waited, received) = at_once_or_waiting(main.recv(&mut buffer)).await;
+        let offload = match received {
             Ok(offload) => offload,
             Err(error) => return error,
         };
@@ -137,24 +211,44 @@ async fn carry<D: Device>(main: &D, mut receiver: watch::Receiver<Arc<Active<D>>
             let next = Arc::clone(&receiver.borrow_and_update());
             memory.follow(&active.balancer, &next.balancer);
             active = next;
+            left = 0;
         }
-        buffer = active.forward(main, buffer, offload, &mut memory, clock).await;
+        if waited || left == 0 {
+            active.balancer.advance(clock.now());
+            left = BATCH;
+        }
+        left -= 1;
+        buffer = active.forward(main, buffer, offload, &mut memory).await;
+    }
+}
+
+/// The future's result, and whether it had to be waited for.
+async fn at_once_or_waiting<T>(future: impl Future<Output = T>) -> (bool, T) {
+    let mut future = std::pin::pin!(future);
+    match std::future::poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await {
+        Poll::Ready(result) => (false, result),
+        Poll::Pending => (true, future.await),
     }
 }
 
 impl<D: Device> Active<D> {
+    /// All counters.
+    fn snapshot(&self) -> Snapshot {
+        let mut snapshot = self.balancer.snapshot();
+        let connections = self.connections.as_ref();
+        snapshot.connections = connections.map(|connections| connections.snapshot(self.balancer.now()));
+        snapshot
+    }
+
     /// Forwards one packet; gives the buffer back.
-    async fn forward(
-        &self,
-        main: &D,
-        buffer: BytesMut,
-        offload: Offload,
-        memory: &mut Memory,
-        clock: Clock,
-    ) -> BytesMut {
+    async fn forward(&self, main: &D, buffer: BytesMut, offload: Offload, memory: &mut Memory) -> BytesMut {
         let (packet, result) = match Packet::parse(buffer, offload) {
             Ok(mut packet) => {
-                let result = self.balancer.handle(memory, clock.now(), &mut packet);
+                let route = self.balancer.decide(memory, self.balancer.now(), &packet);
+                if let (Some(connections), Ok(route)) = (&self.connections, route) {
+                    connections.observe(route, &packet, self.balancer.now());
+                }
+                let result = self.balancer.carry_out(route, &mut packet);
                 (packet, result)
             }
             Err(rejected) => match self.unreadable(rejected.buffer, rejected.error) {
@@ -204,6 +298,7 @@ struct Daemon<D, F> {
     nft: bool,
     main: Arc<D>,
     devices: Devices,
+    clock: Clock,
     active: watch::Sender<Arc<Active<D>>>,
     open: F,
 }
@@ -229,14 +324,15 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             outputs.push(Arc::new(device(&server.name)?));
         }
         let balancer = Balancer::new(&config, SelectKey::from_system());
+        let connections = Connections::new(&config);
         if let Err(error) = host.replace(changes(&config, &devices, nft)).await {
             if let Err(undo) = host.close().await {
                 tracing::warn!(%undo, "undoing the changes to the host after a failure failed as well");
             }
             return Err(error.into());
         }
-        let (active, _) = watch::channel(Arc::new(Active { balancer, outputs }));
-        Ok(Daemon { config, path, host, nft, main, devices, active, open })
+        let (active, _) = watch::channel(Arc::new(Active { balancer, connections, outputs }));
+        Ok(Daemon { config, path, host, nft, main, devices, clock: Clock::start(), active, open })
     }
 
     /// Reloads on SIGHUP, logs counters; never ends.
@@ -254,7 +350,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
 
     fn log_counters(&self) {
         if tracing::enabled!(tracing::Level::DEBUG) {
-            let snapshot = self.active.borrow().balancer.snapshot();
+            let snapshot = self.active.borrow().snapshot();
             tracing::debug!(counters = %snapshot, "counters");
         }
     }
@@ -290,8 +386,11 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             }
             return Err(error.to_string());
         }
-        let balancer = self.active.borrow().balancer.successor(&config);
-        self.active.send_replace(Arc::new(Active { balancer, outputs }));
+        let before = Arc::clone(&self.active.borrow());
+        before.balancer.advance(self.clock.now());
+        let balancer = before.balancer.successor(&config);
+        let connections = Connections::successor(before.connections.as_ref(), &config);
+        self.active.send_replace(Arc::new(Active { balancer, connections, outputs }));
         (self.config, self.devices) = (config, devices);
         if let Err(error) = self.host.replace(new).await {
             tracing::warn!(%error, "what the old configuration needed on the host could not all be removed");
@@ -313,7 +412,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
 
     /// Restores the host.
     async fn stop(self) -> Result<(), Error> {
-        let snapshot = self.active.borrow().balancer.snapshot();
+        let snapshot = self.active.borrow().snapshot();
         tracing::info!(counters = %snapshot, "stopping");
         Ok(self.host.close().await?)
     }

@@ -180,18 +180,24 @@ impl Balancer {
         now: Instant,
         packet: &mut Packet,
     ) -> Result<Output, DropReason> {
+        let route = self.decide(memory, now, packet);
+        self.carry_out(route, packet)
+    }
+
+    /// What [`handle`](Self::handle) does with a packet, before it does it.
+    pub(crate) fn decide(&self, memory: &mut Memory, now: Instant, packet: &Packet) -> Verdict {
         let mut verdict = self.verdict(&mut memory.fragments, now, packet);
         if matches!(verdict, Ok(Route::Answer)) && !memory.answers.take(now) {
             verdict = Err(DropReason::AnswerLimit);
         }
-        self.carry_out(verdict, packet)
+        verdict
     }
 
-    /// As [`route`](Self::route), and what a later fragment's first was told.
+    /// As [`admit`](Self::admit), and what a later fragment's first was told.
     fn verdict(&self, cache: &mut FragmentCache, now: Instant, packet: &Packet) -> Verdict {
         // Without ports all fragments tell as much as the first.
         let ported = !matches!(packet.protocol(), Protocol::Other(_));
-        let Some(fragment) = packet.fragment().filter(|_| ported) else { return self.route(packet) };
+        let Some(fragment) = packet.fragment().filter(|_| ported) else { return self.admit(packet) };
         let key = Key::of(packet, fragment);
         if fragment.offset != 0 {
             return match cache.find(now, &key) {
@@ -199,10 +205,10 @@ impl Balancer {
                     Err(DropReason::OverlappingFragment(fragment.identification))
                 }
                 Some(entry) => entry.verdict.map(Route::of_later_fragment),
-                None => self.route(packet),
+                None => self.admit(packet),
             };
         }
-        let verdict = self.route(packet);
+        let verdict = self.admit(packet);
         // Passing unchanged needs no memory, and an atomic fragment (RFC 6946) has no others.
         if fragment.more && verdict != Ok(Route::Unchanged) {
             let evicted = cache.remember(now, key, verdict, packet.len() - packet.transport_offset());

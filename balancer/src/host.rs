@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | `iif` a server's device | that server's table: VIPs by its next hop | `direct` mode |
 //! | `iif` any device of ours | local, main, then a blackhole | what we write never comes back |
+//! | `to` VIP, the administrator's ports; `from` there, by this host | this host itself | `admin_ports` |
 //! | `to` VIP | our device; behind it a blackhole for when it is gone | towards servers |
 //! | `from` server, service and redirect ports | our device | answers, `network` mode |
 //! | `from` server, a protocol without ports | our device | the same of such a protocol |
@@ -29,12 +30,15 @@ const SMALLEST_MTU: u32 = 1280;
 /// Metric of the blackhole behind a VIP's route.
 const BLACKHOLE_METRIC: u32 = 1000;
 const DEVICE_METRIC: u32 = 10;
+/// Metric of our entry for a VIP among the local addresses, so that it can stand beside an address of the host's own.
+const ADMIN_METRIC: u32 = 21_600;
 
 /// Offsets from the first route table.
 mod table {
     pub(super) const VIPS: u32 = 0;
     pub(super) const BACK: u32 = 1;
     pub(super) const END: u32 = 2;
+    pub(super) const ADMIN: u32 = 3;
     pub(super) const SERVERS: u32 = 10;
 }
 
@@ -71,6 +75,7 @@ pub(crate) fn changes(config: &Config, devices: &Devices, nft: bool) -> Vec<Chan
     wanted.push(Change::LocalLast);
     for family in Family::BOTH.into_iter().filter(|family| config.has(*family)) {
         leaving(config, devices, family, &mut wanted);
+        administrators(config, family, &mut wanted);
         arriving(config, devices, family, nft, &mut wanted);
     }
     if nft {
@@ -127,6 +132,25 @@ fn leaving(config: &Config, devices: &Devices, family: Family, wanted: &mut Vec<
     }
 }
 
+/// The administrator's ports of the VIPs lead to this host itself, before any other rule about a VIP.
+fn administrators(config: &Config, family: Family, wanted: &mut Vec<Change>) {
+    if config.admin_ports.is_empty() {
+        return;
+    }
+    let own = config.host.table + table::ADMIN;
+    for vip in vips(config, family) {
+        // The kernel answers from an address only that is one of its own by the local table.
+        wanted.push(Route::local(LOCAL, vip, "lo").metric(ADMIN_METRIC).into());
+        wanted.push(Route::local(own, vip, "lo").into());
+        for ports in PortRange::merged(config.admin_ports.iter().map(|port| PortRange::from(*port))) {
+            let rule = |table| Rule::new(family, config.host.preference + 3, table);
+            wanted.push(rule(own).to(vip).destination_port(ports).into());
+            // This host's connections to itself have the VIP at both ends.
+            wanted.push(rule(LOCAL).interface("lo").from(vip).source_port(ports).into());
+        }
+    }
+}
+
 /// Which packets come to us.
 fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wanted: &mut Vec<Change>) {
     let (tables, first) = (config.host.table, config.host.preference);
@@ -173,11 +197,18 @@ fn divert(config: &Config, devices: &Devices) -> Divert {
     };
     let servers: BTreeSet<IpAddr> = ways.iter().map(|way| way.address).collect();
     let shared = unique(&mut config.vips.iter().copied());
+    // The host's own firewall may track what is for the host itself.
+    let admin = PortRange::merged(config.admin_ports.iter().map(|port| PortRange::from(*port)));
+    let balanced = match &admin[..] {
+        [] => Vec::new(),
+        admin => PortRange::without(&[PortRange::new(0, u16::MAX)], admin),
+    };
     let mut untracked = Vec::new();
     for transport in [Transport::Tcp, Transport::Udp] {
         let of = SegmentMatch { transport, ..SegmentMatch::default() };
         if config.services.iter().any(|service| service.protocols.contains(&transport)) {
-            untracked.push(SegmentMatch { destination: shared.clone(), ..of.clone() });
+            let destination_ports = if transport == Transport::Tcp { balanced.clone() } else { Vec::new() };
+            untracked.push(SegmentMatch { destination: shared.clone(), destination_ports, ..of.clone() });
             untracked.push(SegmentMatch { source: shared.clone(), ..of.clone() });
         }
         for &address in &servers {
@@ -255,6 +286,34 @@ pub(crate) async fn main_mtu(config: &Config) -> Result<u32, HostError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn o23_the_administrators_ports_come_before_the_rule_to_the_vip_and_stay_out_of_notrack() {
+        let text = "role = \"balancer\"\nvips = [\"203.0.113.10\", \"2001:db8::10\"]\nadmin_ports = [22, 23, 2222]\n";
+        let config = Config::parse(&shunt_host::Source::new("test.toml", text)).unwrap();
+        let devices = Devices { main: "shunt-lb0".to_owned(), mtu: 1500, servers: Vec::new() };
+        let wanted = changes(&config, &devices, true);
+        for vip in config.vips.iter().copied() {
+            let rules = || {
+                wanted.iter().filter_map(|change| match change {
+                    Change::Rule(rule) if rule.to == Some(Prefix::host(vip)) => Some(rule),
+                    _ => None,
+                })
+            };
+            let (admin, all): (Vec<_>, Vec<_>) = rules().partition(|rule| rule.destination_port.is_some());
+            assert_eq!((admin.len(), all.len()), (2, 1));
+            assert_eq!(admin[0].destination_port, Some(PortRange::new(22, 23)));
+            assert!(admin.iter().all(|rule| rule.preference < all[0].preference && rule.protocol == Some(6)));
+        }
+        let divert = wanted.iter().find_map(|change| match change {
+            Change::Divert(divert) => Some(divert),
+            _ => None,
+        });
+        let to_vips = &divert.unwrap().untracked_incoming[0];
+        assert_eq!(to_vips.destination.len(), 2);
+        let left: Vec<String> = to_vips.destination_ports.iter().map(ToString::to_string).collect();
+        assert_eq!(left, ["0-21", "24-2221", "2223-65535"]);
+    }
 
     #[test]
     fn server_devices_have_names_that_interfaces_can_have() {

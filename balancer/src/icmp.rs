@@ -40,7 +40,8 @@ impl Balancer {
             }
             // Chosen one by one, nobody knows whose answer it was.
             Transport::Udp => {
-                let request = Request { client, service: SocketAddr::new(vip.address, port), isn: None };
+                let service = SocketAddr::new(vip.address, port);
+                let request = Request { client, service, isn: None, dscp: 0, payload: &[] };
                 set.flow(&request).map(|server| (server, Decision::ErrorHash)).ok_or(reason)
             }
         }

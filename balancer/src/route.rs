@@ -12,6 +12,7 @@ use thiserror::Error;
 use crate::Balancer;
 use crate::config::{ForwardMode, Legacy, Transport};
 use crate::icmp::is_answer;
+use crate::limit::Limit;
 use crate::maglev::hash_client;
 use crate::select::Request;
 use crate::table::{ServerId, Set, Vip};
@@ -42,7 +43,8 @@ pub enum Route {
     },
     /// An echo request, answered by the balancer itself (`I4`).
     Answer,
-    /// Neither for a VIP nor an answer of one: passes as it is (`B5`).
+    /// Neither for a VIP nor an answer of one: passes as it is (`B5`). So does what is for a port of a VIP that is this
+    /// host's own; the host's routes deliver it here.
     Unchanged,
 }
 
@@ -134,6 +136,9 @@ pub enum DropReason {
     /// `B3`: `legacy = "drop"`.
     #[error("plain segment to redirect port {0}")]
     Legacy(u16),
+    /// More than the service's limit. Decided before and apart from where the packet goes (`B6`).
+    #[error("over the service's limit: {0}")]
+    Limited(Limit),
     /// The chosen server has no address of the packet's family.
     #[error("server {0} has no address of this family")]
     Family(ServerId),
@@ -144,7 +149,11 @@ impl DropReason {
     fn falls_back(self) -> bool {
         !matches!(
             self,
-            DropReason::Legacy(_) | DropReason::Family(_) | DropReason::Refused(_) | DropReason::Unanswerable
+            DropReason::Legacy(_)
+                | DropReason::Limited(_)
+                | DropReason::Family(_)
+                | DropReason::Refused(_)
+                | DropReason::Unanswerable
         )
     }
 }
@@ -206,6 +215,9 @@ impl Balancer {
         let Some(vip) = table.vip(packet.destination()) else {
             return Ok(self.way_back(packet).unwrap_or(Route::Unchanged));
         };
+        if self.table.is_administrators(vip, packet) {
+            return Ok(Route::Unchanged);
+        }
         self.inbound(vip, packet).or_else(|reason| default_server(vip, reason))
     }
 
@@ -230,7 +242,7 @@ impl Balancer {
                     return self.icmp(vip, packet, icmp);
                 }
                 match packet.tcp() {
-                    Some(tcp) => self.segment(vip, packet.source(), tcp),
+                    Some(tcp) => self.segment(vip, packet, tcp),
                     None => self.datagram(vip, packet),
                 }
             }
@@ -242,19 +254,25 @@ impl Balancer {
     fn segment(
         &self,
         vip: &Vip,
-        source: IpAddr,
+        packet: &Packet,
         tcp: TcpView<'_>,
     ) -> Result<(ServerId, Decision), DropReason> {
         let port = tcp.destination_port();
         let set = self.table.set(vip, Transport::Tcp, port);
-        let client = SocketAddr::new(source, tcp.source_port());
+        let client = SocketAddr::new(packet.source(), tcp.source_port());
         if let Some(set) = set
             && self.asks_for_redirect(tcp)
         {
             let select = set.select.as_ref().ok_or(DropReason::NoServer(port))?;
-            let service = SocketAddr::new(vip.address, port);
-            let request = Request { client, service, isn: Some(tcp.seq()) };
-            return Ok((select.select(&request), Decision::Selected));
+            let request = Request {
+                client,
+                service: SocketAddr::new(vip.address, port),
+                isn: Some(tcp.seq()),
+                dscp: packet.dscp(),
+                payload: tcp.payload(),
+            };
+            let server = select.select(&request).ok_or(DropReason::NoServer(port))?;
+            return Ok((server, Decision::Selected));
         }
         if let Some(owner) = vip.owner(Transport::Tcp, port) {
             return Ok((owner, Decision::Owner));

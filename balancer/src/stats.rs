@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 use shunt_stack::wire::{Packet, ParseError, TcpFlags};
 
 use crate::Balancer;
+use crate::connections::ConnectionsSnapshot;
+use crate::limit::Limit;
 use crate::route::{Decision, DropReason, Route, Way};
 
 const WAYS: [(Way, &str); 16] = [
@@ -30,7 +31,7 @@ const WAYS: [(Way, &str); 16] = [
     (Way::Unchanged, "unchanged"),
 ];
 
-const REASONS: [&str; 15] = [
+const REASONS: [&str; 18] = [
     "unreadable",
     "unknown_port",
     "protocol",
@@ -46,6 +47,9 @@ const REASONS: [&str; 15] = [
     "refused",
     "unanswerable",
     "answer_limit",
+    "limited_packets",
+    "limited_bytes",
+    "limited_new",
 ];
 
 fn reason_index(reason: DropReason) -> usize {
@@ -65,6 +69,9 @@ fn reason_index(reason: DropReason) -> usize {
         DropReason::Refused(_) => 12,
         DropReason::Unanswerable => 13,
         DropReason::AnswerLimit => 14,
+        DropReason::Limited(Limit::Packets) => 15,
+        DropReason::Limited(Limit::Bytes) => 16,
+        DropReason::Limited(Limit::New) => 17,
     }
 }
 
@@ -110,7 +117,7 @@ pub(crate) struct ServerStats {
 }
 
 /// All counters at one time.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Snapshot {
     /// Packets by what was decided about them.
     pub decisions: BTreeMap<&'static str, u64>,
@@ -132,10 +139,13 @@ pub struct Snapshot {
     pub refused_reloads: u64,
     /// By server.
     pub servers: BTreeMap<String, ServerSnapshot>,
+    /// Connections as their SYN, FIN and RST segments tell, where that is switched on; filled in by the daemon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<ConnectionsSnapshot>,
 }
 
 /// One server's counters.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct ServerSnapshot {
     /// SYNs with R that it was chosen for (`B1`); a repeated SYN counts again.
     pub selected: u64,
@@ -149,6 +159,12 @@ pub struct ServerSnapshot {
     pub packets_back: u64,
     /// Their bytes.
     pub bytes_back: u64,
+    /// Its load from 0.0 to 1.0 as last told, if it ever was ([`Balancer::set_load`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load: Option<f32>,
+    /// Seconds since then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_age_s: Option<f64>,
 }
 
 impl Stats {
@@ -171,6 +187,17 @@ impl Stats {
 }
 
 impl ServerStats {
+    /// Counts a packet sent to the server.
+    pub(crate) fn sent(&self, bytes: u64) {
+        self.packets.add(1);
+        self.bytes.add(bytes);
+    }
+
+    /// Packets sent to it so far.
+    pub(crate) fn packets_sent(&self) -> u64 {
+        self.packets.value()
+    }
+
     fn snapshot(&self) -> ServerSnapshot {
         ServerSnapshot {
             selected: self.selected.value(),
@@ -179,6 +206,8 @@ impl ServerStats {
             bytes: self.bytes.value(),
             packets_back: self.packets_back.value(),
             bytes_back: self.bytes_back.value(),
+            load: None,
+            load_age_s: None,
         }
     }
 }
@@ -194,8 +223,7 @@ impl Balancer {
                     self.stats.defaulted[reason_index(reason)].add(1);
                 }
                 let stats = &self.servers[server.index()];
-                stats.packets.add(1);
-                stats.bytes.add(bytes);
+                stats.sent(bytes);
                 match decision {
                     Decision::Selected => stats.selected.add(1),
                     Decision::LegacyHash | Decision::LegacyServer => self.count_plain(stats, packet),
@@ -242,13 +270,18 @@ impl Balancer {
                 .names()
                 .map(str::to_owned)
                 .zip(self.servers.iter().map(|stats| stats.snapshot()))
+                .map(|(name, snapshot)| self.with_load(name, snapshot))
                 .collect(),
+            connections: None,
         }
     }
 
-    /// The counters of each server, by name, for the balancer that follows this one.
-    pub(crate) fn server_stats(&self) -> impl Iterator<Item = (&str, &Arc<ServerStats>)> {
-        self.table.names().zip(self.servers.iter())
+    fn with_load(&self, name: String, mut snapshot: ServerSnapshot) -> (String, ServerSnapshot) {
+        if let Some((load, told)) = self.lives.get(&name).and_then(|live| live.load()) {
+            snapshot.load = Some(load);
+            snapshot.load_age_s = Some(self.lives.now().since(told).as_secs_f64());
+        }
+        (name, snapshot)
     }
 }
 
@@ -292,6 +325,12 @@ impl fmt::Display for Snapshot {
                 writeln!(f, "shunt_balancer_server_{column}_total{{server=\"{name}\"}} {}", value(server))?;
             }
         }
-        Ok(())
+        if self.servers.values().any(|server| server.load.is_some()) {
+            writeln!(f, "# TYPE shunt_balancer_server_load gauge")?;
+            for (name, load) in self.servers.iter().filter_map(|(name, server)| Some((name, server.load?))) {
+                writeln!(f, "shunt_balancer_server_load{{server=\"{name}\"}} {load}")?;
+            }
+        }
+        self.connections.iter().try_for_each(|connections| connections.fmt(f))
     }
 }

@@ -7,12 +7,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use shunt_host::Family;
+use shunt_stack::time::Instant;
+use shunt_stack::wire::{IcmpView, Packet, Protocol};
 
 use crate::config::{
     Config, ForwardMode, IcmpRules, Legacy, Limits, PolicyName, Portless, Server, State, Transport, UdpPolicy,
 };
-use crate::maglev::{Maglev, Member, hash_flow};
-use crate::select::{Request, Select, SelectKey, policy};
+use crate::maglev::{Maglev, Member};
+use crate::select::{
+    Candidate, Choice, Classes, Lives, Request, Select, SelectKey, Terms, datagram_policy, policy,
+};
 
 /// A server's place in the configuration that it came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,27 +65,25 @@ pub(crate) struct Vip {
 /// The servers that take new connections on a redirect port.
 #[derive(Debug)]
 pub(crate) struct Set {
-    /// By policy (`B1`); `None` if no server is up.
-    pub(crate) select: Option<Box<dyn Select>>,
+    /// By class and policy (`B1`); `None` if no server is up.
+    pub(crate) select: Option<Choice>,
     /// For plain clients (`B3`); `None` if no server is up.
     pub(crate) maglev: Option<Arc<Maglev>>,
-    /// For each datagram anew (§6); `None` if a hash keeps flows together.
-    datagrams: Option<Box<dyn Select>>,
+    /// For datagrams (§6); `None` if the service is not reached by UDP or no server is up.
+    datagrams: Option<Choice>,
+    /// Whether a hash keeps the datagrams of a flow together.
+    keeps_flows: bool,
 }
 
 impl Set {
     /// The server of a datagram (§6); `None` if no server is up.
-    pub(crate) fn datagram(&self, request: &Request) -> Option<ServerId> {
-        match &self.datagrams {
-            Some(policy) => Some(policy.select(request)),
-            None => self.flow(request),
-        }
+    pub(crate) fn datagram(&self, request: &Request<'_>) -> Option<ServerId> {
+        self.datagrams.as_ref()?.select(request)
     }
 
     /// The server of all datagrams of a flow, if there is one.
-    pub(crate) fn flow(&self, request: &Request) -> Option<ServerId> {
-        let maglev = self.maglev.as_ref().filter(|_| self.datagrams.is_none())?;
-        Some(maglev.lookup(hash_flow(request.client, request.service)))
+    pub(crate) fn flow(&self, request: &Request<'_>) -> Option<ServerId> {
+        self.datagrams.as_ref().filter(|_| self.keeps_flows)?.select(request)
     }
 }
 
@@ -114,14 +116,21 @@ pub struct Table {
     /// Sorted by address.
     vips: Box<[Vip]>,
     sets: Box<[Set]>,
+    /// By server: whether it is in a set.
+    taking: Box<[bool]>,
+    /// TCP ports of every VIP that are this host's own, sorted.
+    admin_ports: Box<[u16]>,
     /// Sorted by address, protocol and port.
     back: Box<[((IpAddr, u8, u16), Back)]>,
 }
 
 impl Table {
-    /// The table of a configuration; `key` is the key of the policy `random`.
-    pub fn new(config: &Config, key: SelectKey) -> Table {
-        let mut builder = SetBuilder { config, key, known: HashMap::new() };
+    /// The table of a configuration; `key` is the key of keyed policies, `lives` is of the same servers.
+    pub(crate) fn new(config: &Config, key: SelectKey, lives: &Lives) -> Table {
+        let classes = Arc::new(Classes::new(&config.classes));
+        let taking = vec![false; config.servers.len()];
+        let mut builder = SetBuilder { config, key, lives, classes, known: HashMap::new(), taking };
+        let sets = builder.sets();
         let mut vips: Vec<Vip> =
             config.vips.iter().map(|address| vip(config, *address, builder.portless(*address))).collect();
         vips.sort_by_key(|vip| vip.address);
@@ -146,10 +155,12 @@ impl Table {
             exid: config.host.exid,
             targets: config.servers.iter().map(target).collect(),
             vips: vips.into(),
-            sets: builder.sets(),
             protocols: config.protocols.clone(),
             icmp: config.icmp.clone(),
             limits: config.limits,
+            sets,
+            taking: builder.taking.into(),
+            admin_ports: config.admin_ports.clone().into(),
             back: back.into(),
         }
     }
@@ -175,6 +186,32 @@ impl Table {
     pub(crate) fn address(&self, server: ServerId, like: IpAddr) -> Option<IpAddr> {
         let target = self.targets.get(server.index())?;
         if like.is_ipv4() { target.v4 } else { target.v6 }
+    }
+
+    /// Whether a packet for a VIP is this host's own: a segment to an administrator's port, or an ICMP error about one
+    /// from there.
+    pub(crate) fn is_administrators(&self, vip: &Vip, packet: &Packet) -> bool {
+        if self.admin_ports.is_empty() {
+            return false;
+        }
+        let own = |port| self.admin_ports.binary_search(&port).is_ok();
+        if let Some(tcp) = packet.tcp() {
+            return own(tcp.destination_port());
+        }
+        packet.icmp().filter(IcmpView::is_error).and_then(|icmp| icmp.quoted()).is_some_and(|quoted| {
+            quoted.protocol == Protocol::Tcp && quoted.source == vip.address && own(quoted.source_port)
+        })
+    }
+
+    /// Whether a server takes new connections of any service (`B7`).
+    pub(crate) fn takes_new(&self, server: usize) -> bool {
+        self.taking.get(server).copied().unwrap_or_default()
+    }
+
+    /// Lets every set's policies follow time and loads; says when to be called again at the latest, if ever.
+    pub(crate) fn refresh(&self, now: Instant) -> Option<Instant> {
+        let choices = self.sets.iter().flat_map(|set| [&set.select, &set.datagrams]).flatten();
+        choices.filter_map(|choice| choice.refresh(now)).min()
     }
 
     /// The servers' names, in the order of their ids.
@@ -216,8 +253,12 @@ impl Vip {
 struct SetBuilder<'a> {
     config: &'a Config,
     key: SelectKey,
+    lives: &'a Lives,
+    classes: Arc<Classes>,
     /// Tables are large: equal sets share theirs.
     known: HashMap<Vec<Member>, Option<Arc<Maglev>>>,
+    /// By server: whether it is in a set.
+    taking: Vec<bool>,
 }
 
 /// A set's place: each service has one a family.
@@ -247,15 +288,17 @@ impl SetBuilder<'_> {
             let servers = config.servers.iter().enumerate().filter(|(_, server)| up(server));
             members.extend(servers.map(|(index, server)| member(index, server)));
         }
-        let maglev = self.maglev(&members);
-        let by = |name| maglev.as_ref().and_then(|maglev| policy(name, &members, maglev, self.key));
-        let service = &config.services[service];
-        let datagrams = match service.udp_policy {
-            UdpPolicy::Hash => None,
-            UdpPolicy::Random => by(PolicyName::Random),
-            UdpPolicy::RoundRobin => by(PolicyName::RoundRobin),
-        };
-        Set { select: by(service.policy), datagrams, maglev }
+        for member in &members {
+            self.taking[member.server.index()] = true;
+        }
+        let (by_udp, udp) = (&config.services[service].protocols, config.services[service].udp_policy);
+        let udp = by_udp.contains(&Transport::Udp).then_some(udp);
+        Set {
+            select: self.choice(service, &members, None),
+            datagrams: udp.and_then(|name| self.choice(service, &members, Some(name))),
+            keeps_flows: udp == Some(UdpPolicy::Hash),
+            maglev: self.maglev(&members),
+        }
     }
 
     fn maglev(&mut self, members: &[Member]) -> Option<Arc<Maglev>> {
@@ -273,6 +316,44 @@ impl SetBuilder<'_> {
         let servers = config.servers.iter().enumerate().filter(|(_, server)| up(server));
         let members: Vec<Member> = servers.map(|(index, server)| member(index, server)).collect();
         self.maglev(&members)
+    }
+
+    /// The policies over a set: one over all, one over the servers of each class.
+    fn choice(&mut self, service: usize, members: &[Member], udp: Option<UdpPolicy>) -> Option<Choice> {
+        let config = self.config;
+        let all = self.policy(service, members, udp)?;
+        let of_class = |class: usize| -> Vec<Member> {
+            let has = |member: &&Member| config.servers[member.server.index()].classes.contains(&class);
+            members.iter().filter(has).cloned().collect()
+        };
+        let by_class =
+            (0..config.classes.len()).map(|class| self.policy(service, &of_class(class), udp)).collect();
+        let patterns = &config.services[service].traffic.patterns;
+        Some(Choice::new(all, by_class, Arc::clone(&self.classes), patterns))
+    }
+
+    fn policy(
+        &mut self,
+        service: usize,
+        members: &[Member],
+        udp: Option<UdpPolicy>,
+    ) -> Option<Box<dyn Select>> {
+        let service = &self.config.services[service];
+        let candidate = |member: &Member| {
+            Some(Candidate { member: member.clone(), live: Arc::clone(self.lives.get(&member.name)?) })
+        };
+        let candidates: Vec<Candidate> = members.iter().filter_map(candidate).collect();
+        let terms = Terms {
+            key: self.key,
+            slow_start: service.traffic.slow_start,
+            load_max_age: self.config.load_max_age,
+        };
+        let name = match (udp, service.policy) {
+            (Some(name), _) => return datagram_policy(name, &candidates, || self.maglev(members), terms),
+            (None, PolicyName::Payload) => service.traffic.otherwise,
+            (None, name) => name,
+        };
+        policy(name, &candidates, || self.maglev(members), terms)
     }
 }
 

@@ -10,11 +10,12 @@ use toml::Spanned;
 
 use super::file::{Addresses, File, LimitsTable, ServerTable, ServiceTable, TimersTable};
 use super::{
-    Config, ForwardMode, Legacy, Limits, MAX_DIRECT_SERVERS, MAX_FRAGMENT_LIFETIME, MAX_FRAGMENTS,
-    MAX_SERVERS, MAX_SERVICES, MAX_VIPS, MAX_WEIGHT, Server, Service, Transport, UdpPolicy, portless,
+    Class, Config, ForwardMode, Legacy, Limits, MAX_DIRECT_SERVERS, MAX_FRAGMENT_LIFETIME, MAX_FRAGMENTS,
+    MAX_SERVERS, MAX_SERVICES, MAX_VIPS, MAX_WEIGHT, PolicyName, Server, Service, Transport, UdpPolicy,
+    portless,
 };
 
-type Result<T> = std::result::Result<T, ConfigError>;
+pub(super) type Result<T> = std::result::Result<T, ConfigError>;
 
 /// Reads and checks the whole file.
 pub(super) fn check(source: &Source) -> Result<Config> {
@@ -22,9 +23,11 @@ pub(super) fn check(source: &Source) -> Result<Config> {
     let file: File = source.parse()?;
     let checker = Checker { source, forward: file.forward };
     let vips = checker.vips(&file.vips)?;
-    let services = checker.services(&file.service, &vips)?;
-    let servers = checker.servers(&file.server, &services, &vips)?;
+    let classes = checker.classes(&file.class)?;
+    let services = checker.services(&file.service, &vips, &classes)?;
+    let servers = checker.servers(&file.server, &services, &vips, &classes)?;
     checker.service_ports_are_unique(&file, &services, &servers)?;
+    let admin_ports = checker.admin_ports(&file.admin_ports, &services, &servers)?;
     let default_server = checker.named_server(file.default_server.as_ref(), &servers)?;
     let legacy = file.legacy.as_ref().map_or_else(Legacy::default, |legacy| *legacy.get_ref());
     let legacy_server = checker.named_server(file.legacy_server.as_ref(), &servers)?;
@@ -55,23 +58,33 @@ pub(super) fn check(source: &Source) -> Result<Config> {
         protocols,
         icmp,
         limits,
+        classes,
+        load_max_age: checker.seconds(file.load_max_age_s.as_ref(), 30)?,
+        packets_half_life: checker.seconds(file.packets_half_life_s.as_ref(), 10)?,
+        admin_ports,
+        statistics: checker.statistics(&file.statistics)?,
         host,
     };
     checker.way_back_is_unambiguous(&file, &config)?;
     Ok(config)
 }
 
-struct Checker<'a> {
+pub(super) struct Checker<'a> {
     source: &'a Source,
     forward: ForwardMode,
 }
 
 impl Checker<'_> {
-    fn fail<T>(&self, span: Range<usize>, message: impl Into<String>) -> Result<T> {
+    pub(super) fn fail<T>(&self, span: Range<usize>, message: impl Into<String>) -> Result<T> {
         Err(self.source.error_at(span, message))
     }
 
-    fn name(&self, name: &Spanned<String>, seen: &mut HashSet<String>, what: &str) -> Result<String> {
+    pub(super) fn name(
+        &self,
+        name: &Spanned<String>,
+        seen: &mut HashSet<String>,
+        what: &str,
+    ) -> Result<String> {
         let text = name.get_ref();
         let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if text.is_empty() || text.len() > 64 || !text.chars().all(good) {
@@ -112,7 +125,7 @@ impl Checker<'_> {
         Ok(vips)
     }
 
-    fn services(&self, tables: &[ServiceTable], vips: &[IpAddr]) -> Result<Vec<Service>> {
+    fn services(&self, tables: &[ServiceTable], vips: &[IpAddr], classes: &[Class]) -> Result<Vec<Service>> {
         let (mut services, mut names) = (Vec::with_capacity(tables.len()), HashSet::new());
         let mut taken: HashMap<(IpAddr, Transport, u16), &str> = HashMap::new();
         for table in tables {
@@ -130,8 +143,17 @@ impl Checker<'_> {
                     return self.fail(table.redirect_port.span(), message);
                 }
             }
-            let policy = table.policy;
-            services.push(Service { name, redirect_port: port, protocols, policy, udp_policy, vips });
+            let policy = table.policy.as_ref().map_or_else(PolicyName::default, |policy| *policy.get_ref());
+            let traffic = self.traffic(table, classes)?;
+            services.push(Service {
+                name,
+                redirect_port: port,
+                protocols,
+                policy,
+                udp_policy,
+                vips,
+                traffic,
+            });
         }
         Ok(services)
     }
@@ -203,7 +225,13 @@ impl Checker<'_> {
         if *port.get_ref() == 0 { self.fail(port.span(), "port 0 cannot be used") } else { Ok(()) }
     }
 
-    fn servers(&self, tables: &[ServerTable], services: &[Service], vips: &[IpAddr]) -> Result<Vec<Server>> {
+    fn servers(
+        &self,
+        tables: &[ServerTable],
+        services: &[Service],
+        vips: &[IpAddr],
+        classes: &[Class],
+    ) -> Result<Vec<Server>> {
         let most = if self.forward == ForwardMode::Direct { MAX_DIRECT_SERVERS } else { MAX_SERVERS };
         let (mut servers, mut names) = (Vec::with_capacity(tables.len()), HashSet::new());
         for table in tables {
@@ -220,6 +248,7 @@ impl Checker<'_> {
                 ports: self.ports(table, services)?,
                 device: None,
                 gateways: Vec::new(),
+                classes: self.classes_of(&table.classes, classes)?,
             };
             self.connection(table, &mut server, vips)?;
             servers.push(server);

@@ -10,6 +10,7 @@ use shunt_host::{HostSettings, Role};
 use toml::Spanned;
 
 use super::portless::{IcmpTable, ProtocolTable};
+use super::traffic::{ClassTable, LimitTable, PatternTable, StatisticsTable};
 use super::{ForwardMode, Legacy, PolicyName, State, Transport, UdpPolicy};
 
 #[derive(Debug, Deserialize)]
@@ -39,6 +40,16 @@ pub(super) struct File {
     #[serde(default)]
     pub(super) timers: TimersTable,
     #[serde(default)]
+    pub(super) class: Vec<ClassTable>,
+    #[serde(default)]
+    pub(super) load_max_age_s: Option<Spanned<u32>>,
+    #[serde(default)]
+    pub(super) packets_half_life_s: Option<Spanned<u32>>,
+    #[serde(default)]
+    pub(super) admin_ports: Vec<Spanned<u16>>,
+    #[serde(default)]
+    pub(super) statistics: StatisticsTable,
+    #[serde(default)]
     pub(super) host: HostSettings,
 }
 
@@ -63,11 +74,21 @@ pub(super) struct ServiceTable {
     #[serde(default)]
     pub(super) protocols: Option<Spanned<Vec<Transport>>>,
     #[serde(default)]
-    pub(super) policy: PolicyName,
+    pub(super) policy: Option<Spanned<PolicyName>>,
     #[serde(default)]
     pub(super) udp_policy: Option<Spanned<UdpPolicy>>,
     #[serde(default)]
     pub(super) vips: Option<Spanned<Vec<Spanned<IpAddr>>>>,
+    #[serde(default)]
+    pub(super) otherwise: Option<Spanned<PolicyName>>,
+    #[serde(default)]
+    pub(super) pattern: Vec<PatternTable>,
+    #[serde(default)]
+    pub(super) slow_start_s: Option<Spanned<u32>>,
+    #[serde(default)]
+    pub(super) mark_dscp: Option<Spanned<u8>>,
+    #[serde(default)]
+    pub(super) limit: Option<LimitTable>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -86,6 +107,8 @@ pub(super) struct ServerTable {
     pub(super) device: Option<Spanned<String>>,
     #[serde(default)]
     pub(super) gateway: Option<Spanned<Addresses>>,
+    #[serde(default)]
+    pub(super) classes: Vec<Spanned<String>>,
 }
 
 /// One address, or a list of them.

@@ -7,6 +7,7 @@ mod file;
 mod portless;
 #[cfg(test)]
 mod tests;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,6 +20,7 @@ use shunt_host::{ConfigError, Family, HostOptions, Source};
 
 pub use portless::{IcmpRules, Portless};
 pub use shunt_host::Transport;
+pub use traffic::{Class, Fallback, Pattern, RateLimits, Statistics, Traffic};
 
 /// The most VIPs of one balancer; each costs 256 KiB of table, and as much again if it has UDP services.
 pub const MAX_VIPS: usize = 256;
@@ -70,6 +72,14 @@ pub enum PolicyName {
     RoundRobin,
     /// By the client's address: the same client meets the same server.
     Source,
+    /// In order and back again, as a lift goes.
+    Elevator,
+    /// By the packets sent to each server lately.
+    LeastPackets,
+    /// By the servers' loads ([`Balancer::set_load`](crate::Balancer::set_load)).
+    LeastLoad,
+    /// By the packet's payload: patterns lead to classes of servers, `otherwise` chooses in them.
+    Payload,
 }
 
 /// How a server is chosen for a UDP datagram to a redirect port (§6).
@@ -126,6 +136,8 @@ pub struct Service {
     pub(crate) udp_policy: UdpPolicy,
     /// The VIPs it is reached on.
     pub(crate) vips: Vec<IpAddr>,
+    /// Selection, marking and limits beside the policy.
+    pub(crate) traffic: Traffic,
 }
 
 impl Service {
@@ -150,6 +162,8 @@ pub struct Server {
     pub(crate) device: Option<String>,
     /// Next hops on that interface, at most one per family.
     pub(crate) gateways: Vec<IpAddr>,
+    /// Indices of its classes.
+    pub(crate) classes: Vec<usize>,
 }
 
 impl Server {
@@ -190,6 +204,16 @@ pub struct Config {
     pub(crate) protocols: BTreeMap<u8, Portless>,
     pub(crate) icmp: IcmpRules,
     pub(crate) limits: Limits,
+    /// Traffic classes, each with servers of its own.
+    pub(crate) classes: Vec<Class>,
+    /// How old a load may be to count.
+    pub(crate) load_max_age: Duration,
+    /// After which time a packet sent counts half.
+    pub(crate) packets_half_life: Duration,
+    /// TCP ports of the VIPs that are this host's own, sorted.
+    pub(crate) admin_ports: Vec<u16>,
+    /// Whether and how connections are counted.
+    pub(crate) statistics: Option<Statistics>,
     pub(crate) host: HostOptions,
 }
 
@@ -249,6 +273,12 @@ impl Config {
     pub(crate) fn serves_vip(&self, server: &Server, vip: IpAddr) -> bool {
         server.serves(Family::of(vip))
             && server.ports.iter().any(|(service, _)| self.services[*service].vips.contains(&vip))
+    }
+
+    /// Whether a policy asks for the packets sent to servers.
+    pub(crate) fn counts_packets(&self) -> bool {
+        let asks = |service: &Service| [service.policy, service.traffic.otherwise];
+        self.services.iter().flat_map(asks).any(|policy| policy == PolicyName::LeastPackets)
     }
 
     /// Every (server's address, protocol, source port) whose packets are answers of a VIP, with that VIP, in `network`

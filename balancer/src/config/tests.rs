@@ -320,3 +320,106 @@ fn one_port_by_two_protocols_can_be_two_services() {
     let error = parse(&text.replace("protocols = [\"udp\"]", "protocols = [\"tcp\", \"udp\"]")).unwrap_err();
     assert!(error.message().contains("is the service \"web\"'s already"), "{error}");
 }
+
+const TRAFFIC: &str = r#"role = "balancer"
+vips = ["203.0.113.10"]
+load_max_age_s = 20
+packets_half_life_s = 5
+admin_ports = [22, 2222]
+[[service]]
+name = "web"
+redirect_port = 443
+policy = "payload"
+otherwise = "elevator"
+slow_start_s = 30
+mark_dscp = 26
+limit = { packets_per_s = 1000, burst_ms = 50 }
+[[service.pattern]]
+class = "gold"
+at = 4
+hex = "de:ad be ef"
+[[server]]
+name = "web-1"
+address = "10.0.0.11"
+classes = ["gold"]
+ports = { web = 41001 }
+[[class]]
+name = "gold"
+dscp = [46, 34]
+fallback = "drop"
+mark_dscp = 0
+[statistics]
+connections = true
+flows = 1000
+timeout_s = 60
+"#;
+
+#[test]
+fn traffic_is_understood() {
+    let config = parse(TRAFFIC).unwrap();
+    let traffic = &config.services[0].traffic;
+    assert_eq!((config.services[0].policy, traffic.otherwise), (PolicyName::Payload, PolicyName::Elevator));
+    assert_eq!(traffic.patterns, [Pattern { at: 4, bytes: vec![0xde, 0xad, 0xbe, 0xef], class: 0 }]);
+    assert_eq!((traffic.slow_start, traffic.mark_dscp), (Duration::from_secs(30), Some(26)));
+    let limit = traffic.limit.unwrap();
+    assert_eq!((limit.packets_per_s, limit.bytes_per_s), (Some(1000), None));
+    assert_eq!(limit.burst, Duration::from_millis(50));
+    assert_eq!((config.classes[0].fallback, config.classes[0].mark_dscp), (Fallback::Drop, Some(0)));
+    assert_eq!(config.servers[0].classes, [0]);
+    assert_eq!(
+        (config.load_max_age, config.packets_half_life),
+        (Duration::from_secs(20), Duration::from_secs(5))
+    );
+    assert_eq!(config.admin_ports, [22, 2222]);
+    assert_eq!(config.statistics, Some(Statistics { flows: 1000, timeout: Duration::from_secs(60) }));
+    let plain = parse(GOOD).unwrap();
+    assert_eq!((plain.load_max_age.as_secs(), plain.packets_half_life.as_secs()), (30, 10));
+    assert_eq!((plain.statistics, plain.services[0].traffic.limit), (None, None));
+}
+
+#[test]
+fn each_mistake_about_traffic_is_refused_with_its_line() {
+    for (from, to, line, message) in [
+        ("load_max_age_s = 20", "load_max_age_s = 0", 3, "between 1 and 86400 seconds"),
+        ("packets_half_life_s = 5", "packets_half_life_s = 100000", 4, "between 1 and 86400 seconds"),
+        ("[22, 2222]", "[22, 22]", 5, "listed twice"),
+        ("[22, 2222]", "[0]", 5, "port 0"),
+        ("[22, 2222]", "[443]", 5, "redirect port of the service \"web\""),
+        ("[22, 2222]", "[41001]", 5, "service port of the server \"web-1\""),
+        ("policy = \"payload\"", "policy = \"random\"", 15, "only `policy = \"payload\"`"),
+        ("policy = \"payload\"", "policy = \"least\"", 9, "unknown variant"),
+        ("otherwise = \"elevator\"", "otherwise = \"payload\"", 10, "another policy is needed"),
+        ("slow_start_s = 30", "slow_start_s = 90000", 11, "between 1 and 86400 seconds"),
+        ("mark_dscp = 26", "mark_dscp = 64", 12, "between 0 and 63"),
+        ("packets_per_s = 1000", "packets_per_s = 0", 13, "leave it out for none"),
+        ("packets_per_s = 1000", "packets = 1000", 13, "unknown field"),
+        ("burst_ms = 50", "burst_ms = 0", 13, "burst is between"),
+        ("class = \"gold\"", "class = \"glod\"", 15, "add `[[class]]`"),
+        ("at = 4", "at = 2000", 16, "at the latest"),
+        ("at = 4", "text = \"GET\"", 17, "not both"),
+        ("de:ad be ef", "dead bee", 17, "two hexadecimal digits"),
+        ("de:ad be ef", "xy", 17, "two hexadecimal digits"),
+        ("de:ad be ef", "", 17, "between 1 and 1024 bytes"),
+        ("hex = \"de:ad be ef\"", "", 15, "`text` or `hex`"),
+        ("classes = [\"gold\"]", "classes = [\"gold\", \"gold\"]", 21, "listed twice"),
+        ("classes = [\"gold\"]", "classes = [\"silver\"]", 21, "no class named \"silver\""),
+        ("name = \"gold\"", "name = \"g ld\"", 24, "cannot name a class"),
+        ("[46, 34]", "[46, 64]", 25, "between 0 and 63"),
+        ("[46, 34]", "[46, 46]", 25, "the class \"gold\"'s already"),
+        ("fallback = \"drop\"", "fallback = \"none\"", 26, "unknown variant"),
+        ("flows = 1000", "flows = 0", 30, "flows can be measured"),
+        ("timeout_s = 60", "timeout_s = 0", 31, "between 1 and 86400 seconds"),
+        ("connections = true", "connection = true", 29, "unknown field"),
+    ] {
+        assert!(TRAFFIC.contains(from), "{from}");
+        let error = parse(&TRAFFIC.replacen(from, to, 1)).expect_err(to);
+        assert_eq!(error.line(), Some(line), "{to}: {error}");
+        assert!(error.message().contains(message), "{to}: {error}");
+    }
+    let pattern = "[[service.pattern]]\nclass = \"gold\"\nat = 4\nhex = \"de:ad be ef\"\n";
+    let error = parse(&TRAFFIC.replace(pattern, "")).unwrap_err();
+    assert_eq!(error.line(), Some(9), "{error}");
+    assert!(error.message().contains("needs patterns"), "{error}");
+    let error = parse(&GOOD.replace("policy = \"round-robin\"", "otherwise = \"random\"")).unwrap_err();
+    assert_eq!(error.line(), Some(10), "{error}");
+}

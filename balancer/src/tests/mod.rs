@@ -1,11 +1,13 @@
 //! Packets in, routes and bytes out.
 
+mod connections;
 mod datagrams;
 mod fragments;
 mod icmp;
 mod packets;
 mod properties;
 mod rules;
+mod traffic;
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};

@@ -10,15 +10,35 @@ use super::packets::checksums_are_right;
 use super::{balancer, casts, three_servers};
 use crate::Balancer;
 
-static BALANCERS: LazyLock<[Balancer; 4]> = LazyLock::new(|| {
+static BALANCERS: LazyLock<[Balancer; 5]> = LazyLock::new(|| {
     let service = "redirect_port = 443\n";
     [
         balancer(&three_servers("").replace(service, "redirect_port = 443\npolicy = \"round-robin\"\n")),
         balancer(&three_servers("default_server = \"web-2\"")),
         balancer(&three_servers("legacy = \"drop\"").replace("redirect_port = 443", "redirect_port = 41001")),
         balancer(&three_servers("forward = \"direct\"")),
+        balancer(&with_everything()),
     ]
 });
+
+/// Classes, patterns, marks, limits and administrator's ports, none of which may matter to the properties.
+fn with_everything() -> String {
+    let service = r#"redirect_port = 443
+policy = "payload"
+otherwise = "least-packets"
+slow_start_s = 5
+mark_dscp = 46
+limit = { packets_per_s = 1_000_000, bytes_per_s = 10_000_000, new_per_s = 1000 }
+[[service.pattern]]
+class = "gold"
+at = 3
+hex = "00"
+"#;
+    three_servers("admin_ports = [80]\ndefault_server = \"web-2\"")
+        .replace("redirect_port = 443\n", service)
+        .replace("name = \"web-1\"\n", "name = \"web-1\"\nclasses = [\"gold\"]\n")
+        + "[[class]]\nname = \"gold\"\ndscp = [0, 10]\nmark_dscp = 63\nfallback = \"drop\"\n"
+}
 
 /// Bytes that are a header of ours often enough: from and to addresses and ports that mean something.
 fn any_packet() -> impl Strategy<Value = Vec<u8>> {
@@ -100,7 +120,7 @@ proptest! {
     fn b6_the_decision_about_a_non_syn_never_depends_on_what_passed_before(
         packets in proptest::collection::vec(any_packet(), 1..8),
     ) {
-        let used = &BALANCERS[0];
+        for used in [&BALANCERS[0], &BALANCERS[4]] {
         let parsed: Vec<Packet> = packets.iter().filter_map(|bytes| Packet::from_slice(bytes).ok()).collect();
         let not_syn = |packet: &&Packet| packet.tcp().is_none_or(|tcp| !tcp.is_syn());
         let alone: Vec<_> = parsed.iter().filter(not_syn).map(|packet| used.route(packet)).collect();
@@ -109,5 +129,6 @@ proptest! {
         }
         let after: Vec<_> = parsed.iter().filter(not_syn).map(|packet| used.route(packet)).collect();
         prop_assert_eq!(alone, after);
+        }
     }
 }

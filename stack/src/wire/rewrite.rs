@@ -82,6 +82,23 @@ impl Packet {
         self.put_address(address_offset(self.layout.version, false), address);
     }
 
+    /// Rewrites the differentiated services code point (RFC 2474), of which only the low 6 bits count; the ECN bits
+    /// (RFC 3168) stay.
+    pub fn set_dscp(&mut self, dscp: u8) {
+        let class = u16::from(dscp & 0x3f);
+        let word = be16(&self.buffer, 0);
+        match self.layout.version {
+            Version::V4 => {
+                let change = self.put(0, &(word & 0xff03 | class << 2).to_be_bytes());
+                self.patch_word(10, |checksum| change.update(checksum));
+            }
+            // The traffic class lies between version and flow label; no checksum covers it.
+            Version::V6 => {
+                self.put(0, &(word & 0xf03f | class << 6).to_be_bytes());
+            }
+        }
+    }
+
     fn put_port(&mut self, offset: usize, port: u16) {
         if self.ports().is_some() {
             let change = self.put(self.layout.transport + offset, &port.to_be_bytes());

@@ -282,6 +282,40 @@ fn fragments_show_ports_only_in_the_first() {
 }
 
 #[test]
+fn a_dscp_is_rewritten_beside_the_ecn_bits_and_the_flow_label() {
+    for original in both_families() {
+        for ecn in 0..4 {
+            for dscp in [0, 1, 46, 63] {
+                let mut bytes = original.bytes().to_vec();
+                let v4 = original.version() == Version::V4;
+                if v4 {
+                    bytes[1] = 0x28 | ecn;
+                    bytes[10..12].fill(0);
+                    let sum = checksum::Sum::new().add(&bytes[..20]).checksum();
+                    bytes[10..12].copy_from_slice(&sum.to_be_bytes());
+                } else {
+                    bytes[..4].copy_from_slice(&[0x62, 0x8a | ecn << 4, 0xbc, 0xde]);
+                }
+                let before = bytes;
+                let mut packet = Packet::from_slice(&before).unwrap();
+                assert_eq!(packet.dscp(), 10);
+                packet.set_dscp(dscp | 0xc0);
+                assert_eq!(packet.dscp(), dscp);
+                let after = packet.bytes();
+                if v4 {
+                    assert_eq!(after[1] & 3, ecn);
+                    assert_eq!(checksum::Sum::new().add(&after[..20]).fold(), 0xffff);
+                } else {
+                    assert_eq!((after[0] >> 4, after[1] & 0x3f), (6, 0x0a | ecn << 4));
+                }
+                packet.set_dscp(10);
+                assert_eq!(packet.bytes(), before);
+            }
+        }
+    }
+}
+
+#[test]
 fn offload_requests_that_do_not_fit_the_packet_are_refused() {
     let [v4, _] = both_families();
     let with = |partial_checksum, gso| {
@@ -319,6 +353,7 @@ proptest! {
         packet.set_destination(address.ip());
         packet.set_source_port(5);
         packet.set_destination_port(6);
+        packet.set_dscp(42);
         packet.set_quoted_source(address);
         packet.set_quoted_destination(address);
         packet.blank_fast_open();
