@@ -46,28 +46,27 @@ impl Balancer {
             _ => DropReason::Protocol(number),
         };
         let to = self.table.protocols.get(&number).copied().unwrap_or_default();
-        self.without_ports(vip, packet, to, 0, unknown)
+        without_ports(vip, packet, to, 0, unknown)
     }
+}
 
-    /// Carries out what the configuration says of packets without ports; `unknown` is the reason for the default server.
-    pub(crate) fn without_ports(
-        &self,
-        vip: &Vip,
-        packet: &Packet,
-        to: Portless,
-        identifier: u16,
-        unknown: DropReason,
-    ) -> Result<(ServerId, Decision), DropReason> {
-        let protocol = packet.protocol().number();
-        match to {
-            Portless::Drop => Err(DropReason::Refused(protocol)),
-            Portless::Server(index) => Ok((ServerId::new(index), Decision::Named)),
-            Portless::Balance => {
-                let maglev = vip.portless.as_ref().ok_or(DropReason::NoPortlessServer(protocol))?;
-                let hash = hash_portless(packet.source(), vip.address, protocol, identifier);
-                Ok((maglev.lookup(hash), Decision::Balanced))
-            }
-            Portless::DefaultServer | Portless::Answer => Err(unknown),
+/// Carries out what the configuration says of packets without ports; `unknown` is the reason for the default server.
+pub(crate) fn without_ports(
+    vip: &Vip,
+    packet: &Packet,
+    to: Portless,
+    identifier: u16,
+    unknown: DropReason,
+) -> Result<(ServerId, Decision), DropReason> {
+    let protocol = packet.protocol().number();
+    match to {
+        Portless::Drop => Err(DropReason::Refused(protocol)),
+        Portless::Server(index) => Ok((ServerId::new(index), Decision::Named)),
+        Portless::Balance => {
+            let maglev = vip.portless.as_ref().ok_or(DropReason::NoPortlessServer(protocol))?;
+            let hash = hash_portless(packet.source(), vip.address, protocol, identifier);
+            Ok((maglev.lookup(hash), Decision::Balanced))
         }
+        Portless::DefaultServer | Portless::Answer => Err(unknown),
     }
 }

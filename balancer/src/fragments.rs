@@ -255,8 +255,8 @@ mod tests {
         }
     }
 
-    fn to(server: usize) -> Verdict {
-        Ok(Route::ToServer { server: ServerId::new(server), decision: Decision::Owner })
+    fn to(server: usize) -> Route {
+        Route::ToServer { server: ServerId::new(server), decision: Decision::Owner }
     }
 
     fn at(seconds: u64) -> Instant {
@@ -267,12 +267,12 @@ mod tests {
     fn o15_the_oldest_goes_when_it_is_full_and_a_renewed_one_is_young_again() {
         let mut cache = FragmentCache::new(3, LIFETIME);
         for number in 0..3 {
-            assert_eq!(cache.remember(at(0), key(number), to(0), 8), 0);
+            assert_eq!(cache.remember(at(0), key(number), Ok(to(0)), 8), 0);
         }
         // A new datagram under an old identification replaces the old one, and stands where a new one would.
-        assert_eq!(cache.remember(at(1), key(0), to(1), 8), 0);
-        assert_eq!(cache.find(at(1), &key(0)).unwrap().verdict, to(1));
-        assert_eq!(cache.remember(at(1), key(3), to(0), 8), 1);
+        assert_eq!(cache.remember(at(1), key(0), Ok(to(1)), 8), 0);
+        assert_eq!(cache.find(at(1), &key(0)).unwrap().verdict, Ok(to(1)));
+        assert_eq!(cache.remember(at(1), key(3), Ok(to(0)), 8), 1);
         assert!(cache.find(at(1), &key(1)).is_none());
         assert!(cache.find(at(1), &key(0)).is_some() && cache.find(at(1), &key(2)).is_some());
         assert_eq!(cache.len(), 3);
@@ -281,8 +281,8 @@ mod tests {
     #[test]
     fn o15_nothing_is_followed_after_its_time() {
         let mut cache = FragmentCache::new(3, LIFETIME);
-        cache.remember(at(0), key(1), to(0), 8);
-        cache.remember(at(20), key(2), to(0), 8);
+        cache.remember(at(0), key(1), Ok(to(0)), 8);
+        cache.remember(at(20), key(2), Ok(to(0)), 8);
         assert!(cache.find(at(29), &key(1)).is_some());
         assert!(cache.find(at(30), &key(1)).is_none());
         cache.expire(at(31));
@@ -294,13 +294,13 @@ mod tests {
     #[test]
     fn o15_a_reload_renames_servers_and_forgets_those_that_left() {
         let mut cache = FragmentCache::new(8, LIFETIME);
-        cache.remember(at(0), key(0), to(0), 8);
-        cache.remember(at(0), key(1), to(1), 8);
+        cache.remember(at(0), key(0), Ok(to(0)), 8);
+        cache.remember(at(0), key(1), Ok(to(1)), 8);
         cache.remember(at(0), key(2), Err(DropReason::Legacy(53)), 8);
         let limits = Limits { fragments: 2, ..Limits::default() };
         cache.follow(limits, |id| (id.index() == 1).then(|| ServerId::new(0)));
         assert!(cache.find(at(1), &key(0)).is_none());
-        assert_eq!(cache.find(at(1), &key(1)).unwrap().verdict, to(0));
+        assert_eq!(cache.find(at(1), &key(1)).unwrap().verdict, Ok(to(0)));
         assert_eq!(cache.find(at(1), &key(2)).unwrap().verdict, Err(DropReason::Legacy(53)));
         assert_eq!(cache.order.len(), 2);
     }
@@ -316,13 +316,13 @@ mod tests {
             for (identification, wait) in steps {
                 now += wait;
                 let server = now as usize % 7;
-                cache.remember(at(now), key(identification), to(server), 8);
+                cache.remember(at(now), key(identification), Ok(to(server)), 8);
                 latest.insert(identification, (server, now));
                 prop_assert!(cache.len() <= limit && cache.order.len() <= limit);
-                prop_assert_eq!(cache.find(at(now), &key(identification)).map(|entry| entry.verdict), Some(to(server)));
+                prop_assert_eq!(cache.find(at(now), &key(identification)).map(|entry| entry.verdict), Some(Ok(to(server))));
                 for (identification, (server, since)) in &latest {
                     if let Some(entry) = cache.find(at(now), &key(*identification)) {
-                        prop_assert_eq!(entry.verdict, to(*server));
+                        prop_assert_eq!(entry.verdict, Ok(to(*server)));
                         prop_assert!(now - since < 30);
                     }
                 }

@@ -141,7 +141,7 @@ fn fragments(packet: &Packet, size: usize) -> Vec<Packet> {
         if packet.source().is_ipv4() {
             let total = (header.len() + data.len()) as u16;
             bytes[2..4].copy_from_slice(&total.to_be_bytes());
-            bytes[6..8].copy_from_slice(&((offset / 8) as u16 | u16::from(more) << 13).to_be_bytes());
+            bytes[6..8].copy_from_slice(&((offset / 8) as u16 | (u16::from(more) << 13)).to_be_bytes());
         } else {
             // In front of what followed the fixed header.
             let next = std::mem::replace(&mut bytes[6], 44);

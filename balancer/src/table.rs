@@ -87,6 +87,9 @@ impl Set {
     }
 }
 
+/// Address, protocol and port (0 without ports) that an answer comes from.
+type Origin = (IpAddr, u8, u16);
+
 /// Where answers of a server go: the VIP they are from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Back {
@@ -121,7 +124,7 @@ pub struct Table {
     /// TCP ports of every VIP that are this host's own, sorted.
     admin_ports: Box<[u16]>,
     /// Sorted by address, protocol and port.
-    back: Box<[((IpAddr, u8, u16), Back)]>,
+    back: Box<[(Origin, Back)]>,
 }
 
 impl Table {

@@ -133,7 +133,7 @@ pub(super) fn fragment_bytes(
         let total = (bytes.len() + data.len()) as u16;
         bytes[2..4].copy_from_slice(&total.to_be_bytes());
         bytes[4..6].copy_from_slice(&identification.to_be_bytes());
-        bytes[6..8].copy_from_slice(&(offset as u16 / 8 | u16::from(more) << 13).to_be_bytes());
+        bytes[6..8].copy_from_slice(&((offset as u16 / 8) | (u16::from(more) << 13)).to_be_bytes());
         bytes[10..12].fill(0);
         let checksum = Sum::new().add(&bytes).checksum();
         bytes[10..12].copy_from_slice(&checksum.to_be_bytes());

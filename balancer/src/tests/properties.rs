@@ -110,10 +110,10 @@ proptest! {
     }
 
     #[test]
-    fn o15_packets_cut_into_fragments_keep_the_fuzzers_rules(bytes in any_packet(), choices in any::<[u8; 8]>()) {
-        let mut bytes = bytes;
-        bytes.extend(choices);
-        crate::fuzz::route(&bytes);
+    fn o15_packets_cut_into_fragments_keep_the_fuzzers_rules(
+        bytes in any_packet(), kind in 0u8..8, choices in any::<[u8; 8]>(),
+    ) {
+        crate::fuzz::route(&[&[kind][..], &bytes, &choices].concat());
     }
 
     #[test]
