@@ -458,8 +458,8 @@ pub struct BalancerCounts(String);
 impl BalancerCounts {
     /// A counter, as `shunt_balancer_packets_total{decision="owner"}`.
     pub fn of(&self, name: &str) -> u64 {
-        let lines = self.0.lines().rev();
-        let value = lines.filter_map(|line| line.trim().strip_prefix(name)?.trim().parse().ok()).next();
+        let mut lines = self.0.lines().rev();
+        let value = lines.find_map(|line| line.trim().strip_prefix(name)?.trim().parse().ok());
         value.unwrap_or_else(|| panic!("no {name} in {}", self.0))
     }
 
