@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::demo;
+use crate::{ctl, demo};
 
 /// A stateless TCP load balancer by port redirection.
 ///
@@ -32,6 +32,9 @@ pub(crate) enum Command {
     Client(ClientArgs),
     /// Let this host's servers redirect clients to ports of their own.
     Server(DaemonArgs),
+    /// Ask and tell a running daemon: show, counters, drain, add and remove servers, change weights and policies.
+    #[command(after_help = ctl::HELP)]
+    Ctl(ctl::CtlArgs),
     /// Check configuration files of any role; say what is wrong and in which line.
     Check(CheckArgs),
     /// Show it at work: clients, a balancer and four servers in namespaces of this machine, real packets, real TCP.
@@ -58,6 +61,10 @@ pub(crate) struct DaemonArgs {
     /// Remember here, for the next start, what was changed on the host.
     #[arg(long, value_name = "DIR", default_value = shunt_host::DEFAULT_STATE_DIR)]
     pub(crate) state_dir: PathBuf,
+
+    /// Serve `shunt ctl` here, whatever the file says; by default below the --state-dir.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
 }
 
 /// What the client is told.

@@ -18,6 +18,7 @@ pub(crate) fn balancer(arguments: DaemonArgs) -> anyhow::Result<ExitCode> {
             ready: Some(ready),
             config_path: None,
             state_dir: Some(arguments.state_dir),
+            control_socket: arguments.socket,
             ..shunt_balancer::RunOptions::default()
         };
         shunt_balancer::run(config, options, shutdown)
@@ -33,6 +34,7 @@ pub(crate) fn client(arguments: ClientArgs) -> anyhow::Result<ExitCode> {
             capture: arguments.daemon.capture,
             ready: Some(ready),
             state_dir: arguments.daemon.state_dir,
+            control_socket: arguments.daemon.socket,
         };
         shunt_client_shim::run(config, options, shutdown)
     })
@@ -46,6 +48,7 @@ pub(crate) fn server(arguments: DaemonArgs) -> anyhow::Result<ExitCode> {
             capture: arguments.capture,
             ready: Some(ready),
             state_dir: Some(arguments.state_dir),
+            control_socket: arguments.socket,
             ..Default::default()
         };
         shunt_server_agent::run(config, options, shutdown)

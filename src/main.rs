@@ -2,6 +2,7 @@
 
 mod check;
 mod cli;
+mod ctl;
 mod daemon;
 mod demo;
 
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         Command::Client(arguments) => daemon::client(arguments),
         Command::Server(arguments) => daemon::server(arguments),
         Command::Check(arguments) => return check::run(&arguments),
+        Command::Ctl(arguments) => return ctl::run(&arguments),
         Command::Demo(options) => demo::run(&options),
         Command::DemoServer(arguments) => demo::serve(arguments),
         Command::DemoClient(arguments) => demo::load(&arguments),

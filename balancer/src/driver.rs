@@ -1,25 +1,28 @@
 //! The daemon: packets from the host's routes through a [`Balancer`] and back, reload on SIGHUP.
 //!
 //! Nothing is decided here. One task carries packets, the other adapts the host; they share an `Active`, swapped as
-//! a whole.
+//! a whole. The other does one thing at a time: a signal, a request, changes of health.
 
 use std::future::Future;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use shunt_host::{DEFAULT_STATE_DIR, Host, HostError, nft_available};
+use shunt_host::control::{ControlError, Server};
+use shunt_host::{DEFAULT_STATE_DIR, Host, HostError, Role, nft_available};
 use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice};
 use shunt_stack::wire::{Offload, Packet, ParseError};
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
 
 use crate::config::{Config, ForwardMode};
 use crate::connections::Connections;
+use crate::health::{Monitor, Transition};
 use crate::host::{Devices, ServerDevice, changes, device_name, main_mtu};
 use crate::{Balancer, DropReason, LoadError, Memory, Output, SelectKey, Snapshot};
 
@@ -43,6 +46,8 @@ pub struct RunOptions {
     pub state_dir: Option<PathBuf>,
     /// Given a [`Handle`] on the running balancer once packets are forwarded.
     pub handle: Option<oneshot::Sender<Handle>>,
+    /// The control socket, whatever the configuration says of it.
+    pub control_socket: Option<PathBuf>,
 }
 
 /// A running balancer, from outside of its loop: from any thread, also after it has ended.
@@ -119,6 +124,9 @@ pub enum Error {
         /// Why not.
         error: io::Error,
     },
+    /// The control socket cannot be served.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// Signals cannot be waited for.
     #[error("cannot wait for signals: {0}")]
     Signal(io::Error),
@@ -133,16 +141,17 @@ pub async fn run(
     options: RunOptions,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
-    let RunOptions { capture, ready, config_path, state_dir, handle } = options;
+    let RunOptions { capture, ready, config_path, state_dir, handle, control_socket } = options;
     let told = Told { ready, handle };
     let state_dir = state_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR));
     let path = config_path.unwrap_or_else(|| config.path.clone());
+    let places = Places { path, state_dir, control_socket };
     match capture {
-        None => serve(config, path, &state_dir, told, shutdown, TunDevice::open).await,
+        None => serve(config, places, told, shutdown, TunDevice::open).await,
         Some(file) => {
             let capture = Capture::create(&file).map_err(|error| Error::Capture { path: file, error })?;
             let open = |name: &str| TunDevice::open(name).map(|tun| Captured::new(tun, &capture));
-            serve(config, path, &state_dir, told, shutdown, open).await
+            serve(config, places, told, shutdown, open).await
         }
     }
 }
@@ -153,9 +162,17 @@ struct Told {
     handle: Option<oneshot::Sender<Handle>>,
 }
 
+/// Files.
+struct Places {
+    /// The configuration.
+    path: PathBuf,
+    state_dir: PathBuf,
+    control_socket: Option<PathBuf>,
+}
+
 /// What packets are forwarded by: replaced as a whole.
 struct Active<D> {
-    balancer: Balancer,
+    balancer: Arc<Balancer>,
     /// Statistics only: no decision knows of them.
     connections: Option<Connections>,
     /// In `direct` mode one a server, else none.
@@ -164,14 +181,13 @@ struct Active<D> {
 
 async fn serve<D: Device + 'static>(
     config: Config,
-    path: PathBuf,
-    state_dir: &Path,
+    places: Places,
     told: Told,
     shutdown: impl Future<Output = ()>,
     open: impl Fn(&str) -> io::Result<D>,
 ) -> Result<(), Error> {
     let hangups = signal(SignalKind::hangup()).map_err(Error::Signal)?;
-    let mut daemon = Daemon::start(config, path, state_dir, open).await?;
+    let mut daemon = Daemon::start(config, places, open).await?;
     let (main, receiver) = (Arc::clone(&daemon.main), daemon.active.subscribe());
     // Whoever asked may have gone; that changes nothing here.
     if let Some(handle) = told.handle {
@@ -184,7 +200,7 @@ async fn serve<D: Device + 'static>(
     tracing::info!(device = main.name(), mode = %daemon.config.forward, "forwarding");
     let result = tokio::select! {
         error = carry(&*main, receiver, daemon.clock) => Err(Error::Read { name: main.name().to_owned(), error }),
-        () = daemon.control(hangups) => Ok(()),
+        () = daemon.follow(hangups) => Ok(()),
         () = shutdown => Ok(()),
     };
     let closed = daemon.stop().await;
@@ -291,9 +307,15 @@ impl<D: Device> Active<D> {
 }
 
 /// What stands on the host and how it follows the file.
-struct Daemon<D, F> {
-    config: Config,
-    path: PathBuf,
+pub(crate) struct Daemon<D, F> {
+    pub(crate) config: Config,
+    pub(crate) path: PathBuf,
+    pub(crate) monitor: Monitor,
+    /// The configuration in force, for who waits for a change of it.
+    pub(crate) published: watch::Sender<Arc<Config>>,
+    /// Requests that take long.
+    pub(crate) waits: JoinSet<()>,
+    server: Server,
     host: Host,
     nft: bool,
     main: Arc<D>,
@@ -304,9 +326,10 @@ struct Daemon<D, F> {
 }
 
 impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
-    async fn start(config: Config, path: PathBuf, state_dir: &Path, open: F) -> Result<Self, Error> {
+    async fn start(config: Config, places: Places, open: F) -> Result<Self, Error> {
+        let Places { path, state_dir, control_socket } = places;
         // The rule to a VIP and the blackhole behind it stay, so that connects meet silence, not "unreachable", meanwhile.
-        let mut host = Host::open_keeping(state_dir, SESSION, &config.host, |_| true).await?;
+        let mut host = Host::open_keeping(&state_dir, SESSION, &config.host, |_| true).await?;
         let nft = nft_available().await;
         if !nft && config.forward == ForwardMode::Network {
             tracing::warn!(
@@ -323,7 +346,9 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         for server in &devices.servers {
             outputs.push(Arc::new(device(&server.name)?));
         }
-        let balancer = Balancer::new(&config, SelectKey::from_system());
+        // While the name is ours: nobody else's socket is there.
+        let server = Server::open(&config.control.at(control_socket), &state_dir, Role::Balancer)?;
+        let balancer = Arc::new(Balancer::new(&config, SelectKey::from_system()));
         let connections = Connections::new(&config);
         if let Err(error) = host.replace(changes(&config, &devices, nft)).await {
             if let Err(undo) = host.close().await {
@@ -331,18 +356,39 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             }
             return Err(error.into());
         }
+        let mut monitor = Monitor::new();
+        monitor.follow(&config, balancer.server_stats());
         let (active, _) = watch::channel(Arc::new(Active { balancer, connections, outputs }));
-        Ok(Daemon { config, path, host, nft, main, devices, clock: Clock::start(), active, open })
+        let (published, _) = watch::channel(Arc::new(config.clone()));
+        let (waits, clock) = (JoinSet::new(), Clock::start());
+        Ok(Daemon {
+            config,
+            path,
+            monitor,
+            published,
+            waits,
+            server,
+            host,
+            nft,
+            main,
+            devices,
+            clock,
+            active,
+            open,
+        })
     }
 
-    /// Reloads on SIGHUP, logs counters; never ends.
-    async fn control(&mut self, mut hangups: Signal) {
+    /// Reloads on SIGHUP, answers requests, follows the servers' health, logs counters; never ends.
+    async fn follow(&mut self, mut hangups: Signal) {
         let mut interval = tokio::time::interval(LOG_INTERVAL);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         interval.tick().await;
         loop {
             tokio::select! {
-                Some(()) = hangups.recv() => self.reload().await,
+                // Signals that come meanwhile are one more reload, of the file as it is then.
+                Some(()) = hangups.recv() => drop(self.reload().await),
+                call = self.server.next() => self.call(call).await,
+                changed = self.monitor.changed() => self.health_changed(&changed).await,
                 _ = interval.tick() => self.log_counters(),
             }
         }
@@ -350,23 +396,67 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
 
     fn log_counters(&self) {
         if tracing::enabled!(tracing::Level::DEBUG) {
-            let snapshot = self.active.borrow().snapshot();
-            tracing::debug!(counters = %snapshot, "counters");
+            tracing::debug!(counters = %self.snapshot(), "counters");
         }
     }
 
+    /// All counters now.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let active = Arc::clone(&self.active.borrow());
+        active.balancer.advance(self.clock.now());
+        active.snapshot()
+    }
+
+    /// What decides now.
+    pub(crate) fn balancer(&self) -> Arc<Balancer> {
+        Arc::clone(&self.active.borrow().balancer)
+    }
+
     /// Takes over the file as it is now, or refuses it as a whole.
-    async fn reload(&mut self) {
+    pub(crate) async fn reload(&mut self) -> Result<(), String> {
         let result = self.try_reload().await;
-        self.active.borrow().balancer.stats.reload(result.is_ok());
-        match result {
+        self.balancer().stats.reload(result.is_ok());
+        match &result {
             Ok(()) => tracing::info!(file = %self.path.display(), "configuration reloaded"),
             Err(reason) => tracing::error!("the new configuration is refused, the old one stands: {reason}"),
         }
+        result
+    }
+
+    /// Lets selections follow what is known of the servers (`B7`).
+    async fn health_changed(&mut self, changed: &[Transition]) {
+        for Transition { server, service, address, healthy, why } in changed {
+            if *healthy {
+                tracing::info!(server, service, %address, "healthy again");
+            } else {
+                tracing::warn!(server, service, %address, why, "unhealthy: no new connections");
+            }
+        }
+        let balancer = self.successor(&self.config).await;
+        let before = Arc::clone(&self.active.borrow());
+        let connections = Connections::successor(before.connections.as_ref(), &self.config);
+        let outputs = before.outputs.clone();
+        self.active.send_replace(Arc::new(Active { balancer, connections, outputs }));
+    }
+
+    /// What will decide by a configuration and by the servers' health. Made beside, because packets go on.
+    async fn successor(&self, config: &Config) -> Arc<Balancer> {
+        let (balancer, unfit, config) = (self.balancer(), self.monitor.unfit(config), config.clone());
+        balancer.advance(self.clock.now());
+        let made = tokio::task::spawn_blocking(move || balancer.successor_without(&config, &unfit)).await;
+        Arc::new(made.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())))
     }
 
     async fn try_reload(&mut self) -> Result<(), String> {
         let config = Config::load(&self.path).map_err(|error| error.to_string())?;
+        self.take_over(config).await
+    }
+
+    /// Takes over a configuration, or refuses it and leaves everything as it is.
+    pub(crate) async fn take_over(&mut self, config: Config) -> Result<(), String> {
+        if !config.control.same_socket(&self.config.control) {
+            return Err("the control socket cannot change while the balancer runs: restart it".to_owned());
+        }
         if config.host != self.config.host {
             return Err("[host] cannot change while the balancer runs: restart it".to_owned());
         }
@@ -386,11 +476,11 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             }
             return Err(error.to_string());
         }
-        let before = Arc::clone(&self.active.borrow());
-        before.balancer.advance(self.clock.now());
-        let balancer = before.balancer.successor(&config);
-        let connections = Connections::successor(before.connections.as_ref(), &config);
+        let balancer = self.successor(&config).await;
+        self.monitor.follow(&config, balancer.server_stats());
+        let connections = Connections::successor(self.active.borrow().connections.as_ref(), &config);
         self.active.send_replace(Arc::new(Active { balancer, connections, outputs }));
+        self.published.send_replace(Arc::new(config.clone()));
         (self.config, self.devices) = (config, devices);
         if let Err(error) = self.host.replace(new).await {
             tracing::warn!(%error, "what the old configuration needed on the host could not all be removed");
@@ -412,8 +502,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
 
     /// Restores the host.
     async fn stop(self) -> Result<(), Error> {
-        let snapshot = self.active.borrow().snapshot();
-        tracing::info!(counters = %snapshot, "stopping");
+        tracing::info!(counters = %self.snapshot(), "stopping");
         Ok(self.host.close().await?)
     }
 }

@@ -1,4 +1,4 @@
-//! The bodies of the fuzz targets `route` and `config` in `fuzz/`, here so that `cargo test` replays every corpus file
+//! The bodies of the fuzz targets `route`, `config` and `control` in `fuzz/`, here so that `cargo test` replays every corpus file
 //! and every crash.
 
 use std::sync::LazyLock;
@@ -9,6 +9,7 @@ use shunt_stack::fuzz::{Snapshot, any_packet};
 use shunt_stack::time::Instant;
 use shunt_stack::wire::{Offload, Packet};
 
+use crate::control::{Request, changed};
 use crate::{Balancer, Config, Memory, Route, SelectKey};
 
 const NETWORK: &str = r#"role = "balancer"
@@ -50,10 +51,14 @@ v4 = { 13 = "balance" }
 fragments = 3
 "#;
 
-static BALANCERS: LazyLock<Vec<Balancer>> = LazyLock::new(|| {
+/// In `network` mode the VIP of an answer has to follow from its ports.
+static NETWORK_OF_ONE: LazyLock<String> = LazyLock::new(|| {
     let of_one_vip = r#"vips = ["203.0.113.10", "2001:db8::a"]"#;
     let four = r#"vips = ["203.0.113.10", "203.0.113.11", "2001:db8::a", "2001:db8::b"]"#;
-    let network = NETWORK.replace(four, of_one_vip);
+    NETWORK.replace(four, of_one_vip)
+});
+
+static BALANCERS: LazyLock<Vec<Balancer>> = LazyLock::new(|| {
     let direct = NETWORK
         .replace("default_server", "legacy = \"drop\"\nforward = \"direct\"\ndefault_server")
         .replace("[[server]]", "[[server]]\ndevice = \"eth0\"");
@@ -61,7 +66,7 @@ static BALANCERS: LazyLock<Vec<Balancer>> = LazyLock::new(|| {
         let config = Config::parse(&Source::new("fuzz.toml", text)).unwrap_or_else(|error| panic!("{error}"));
         Balancer::new(&config, SelectKey([1; 16]))
     };
-    vec![of(&network), of(&direct)]
+    vec![of(&NETWORK_OF_ONE), of(&direct)]
 });
 
 /// One packet through route and forward, in `network` and in `direct` mode, and then whatever the bytes are as one that
@@ -181,6 +186,28 @@ pub fn config(data: &[u8]) {
     }
 }
 
+/// A line as a request of the control socket: refused with a sentence, or what it makes of a configuration is.
+///
+/// # Panics
+/// If reading or making it does, or a change that is taken does not say in its text what it is.
+pub fn control(data: &[u8]) {
+    let Ok(line) = std::str::from_utf8(data) else { return };
+    let edit = match Request::parse(line) {
+        Ok(request) => request.edit(),
+        Err(reason) => return assert!(!reason.is_empty()),
+    };
+    let Some(edit) = edit else { return };
+    let before = Config::parse(&Source::new("fuzz.toml", NETWORK_OF_ONE.as_str()))
+        .unwrap_or_else(|error| panic!("{error}"));
+    match changed(&before, &edit) {
+        Ok(after) => {
+            let again = Config::parse(&Source::new("fuzz.toml", after.text()));
+            assert_eq!(again.as_ref(), Ok(&after), "{edit:?}");
+        }
+        Err(reason) => assert!(!reason.is_empty()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -206,7 +233,9 @@ mod tests {
 
     #[test]
     fn every_corpus_file_and_crash_passes_its_target() {
-        for (target, body) in [("route", super::route as fn(&[u8])), ("config", super::config)] {
+        for (target, body) in
+            [("route", super::route as fn(&[u8])), ("config", super::config), ("control", super::control)]
+        {
             assert!(replay("corpus", target, body) > 0, "fuzz/corpus/{target} is empty");
             replay("crashes", target, body);
         }

@@ -8,6 +8,7 @@
 //! | `iif` any device of ours | local, main, then a blackhole | what we write never comes back |
 //! | `to` VIP, the administrator's ports; `from` there, by this host | this host itself | `admin_ports` |
 //! | `to` VIP | our device; behind it a blackhole for when it is gone | towards servers |
+//! | to the ports that health checks come from | local | answers to this host itself, `network` mode |
 //! | `from` server, service and redirect ports | our device | answers, `network` mode |
 //! | `from` server, a protocol without ports | our device | the same of such a protocol |
 //! | our mark | our device | ICMP errors that quote a server, fragments from servers, echo replies, `network` mode |
@@ -73,6 +74,9 @@ pub(crate) fn changes(config: &Config, devices: &Devices, nft: bool) -> Vec<Chan
     let mut wanted = Vec::new();
     sysctls_and_links(config, devices, &mut wanted);
     wanted.push(Change::LocalLast);
+    if config.checks_health() {
+        wanted.push(Change::ReservePorts(vec![config.check_ports]));
+    }
     for family in Family::BOTH.into_iter().filter(|family| config.has(*family)) {
         leaving(config, devices, family, &mut wanted);
         administrators(config, family, &mut wanted);
@@ -163,6 +167,10 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
     if config.forward != ForwardMode::Network {
         return;
     }
+    if config.checks_health() {
+        // Only what is addressed to this host finds a route there; everything else goes on to the next rules.
+        wanted.push(Rule::new(family, first + 5, LOCAL).destination_port(config.check_ports).into());
+    }
     let back = tables + table::BACK;
     wanted.push(Route::device(back, Prefix::all(family), &devices.main).into());
     let known = |way: &WayBack| match way.protocol {
@@ -177,7 +185,7 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
     for (address, protocol, port) in
         answers.into_iter().filter(|(address, ..)| Family::of(*address) == family)
     {
-        let mut rule = Rule::new(family, first + 5, back).from(address).protocol(protocol);
+        let mut rule = Rule::new(family, first + 6, back).from(address).protocol(protocol);
         if let Some(port) = port {
             rule = rule.source_port(port).protocol(protocol);
         }
@@ -185,7 +193,7 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
     }
     if nft {
         let host = &config.host;
-        wanted.push(Rule::new(family, first + 6, back).mark(host.mark, host.mark_mask).into());
+        wanted.push(Rule::new(family, first + 7, back).mark(host.mark, host.mark_mask).into());
     }
 }
 

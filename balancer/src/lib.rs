@@ -5,18 +5,22 @@
 //! [`driver`] carries packets between the host and these. No connection is remembered anywhere; [`fragments`] is the only
 //! memory.
 //!
+//! [`control`] is what can be asked and changed while it runs, [`health`] which servers take new connections.
+//!
 //! In `network` mode answers have to come back through this host, and only those from service ports and redirect
 //! ports, and of protocols without ports that go to servers by configuration, get the VIP as source again: for all
 //! else a default server is of use in `direct` mode only.
 
 pub mod config;
 mod connections;
+pub mod control;
 mod datagram;
 pub mod driver;
 pub mod forward;
 pub mod fragments;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
+pub mod health;
 mod host;
 mod icmp;
 pub mod limit;
@@ -40,6 +44,7 @@ pub use connections::{Bucket, ConnectionsSnapshot, DurationsSnapshot, PairSnapsh
 pub use driver::{Error, Handle, RunOptions, run};
 pub use forward::Output;
 pub use fragments::Memory;
+pub use health::Unfit;
 pub use limit::Limit;
 pub use route::{Decision, DropReason, Route};
 pub use select::{LoadError, SelectKey};
@@ -76,16 +81,23 @@ impl Balancer {
     /// A balancer for a configuration; `key` is the key of keyed policies.
     pub fn new(config: &Config, key: SelectKey) -> Balancer {
         let lives = Lives::new(config.servers.iter().map(|server| (server.name.as_str(), Arc::default())));
-        Balancer::with(config, lives, Arc::default(), None, key)
+        Balancer::with(config, &Unfit::default(), lives, Arc::default(), None, key)
     }
 
-    fn with(config: &Config, lives: Lives, stats: Arc<Stats>, before: Option<&Qos>, key: SelectKey) -> Self {
+    fn with(
+        config: &Config,
+        unfit: &Unfit,
+        lives: Lives,
+        stats: Arc<Stats>,
+        before: Option<&Qos>,
+        key: SelectKey,
+    ) -> Self {
         let servers = config
             .servers
             .iter()
             .map(|server| lives.get(&server.name).map(|live| Arc::clone(live.stats())).unwrap_or_default());
         Balancer {
-            table: Table::new(config, key, &lives),
+            table: Table::new(config, key, &lives, unfit),
             stats,
             servers: servers.collect(),
             lives,
@@ -101,8 +113,14 @@ impl Balancer {
     /// connections before and do now begin their slow start.
     #[must_use]
     pub fn successor(&self, config: &Config) -> Balancer {
+        self.successor_without(config, &Unfit::default())
+    }
+
+    /// The same, with no new selections for those that are `unfit` (`B7`).
+    #[must_use]
+    pub fn successor_without(&self, config: &Config, unfit: &Unfit) -> Balancer {
         let lives = self.lives.successor(config.servers.iter().map(|server| server.name.as_str()));
-        let next = Balancer::with(config, lives, Arc::clone(&self.stats), self.qos.as_ref(), self.key);
+        let next = Balancer::with(config, unfit, lives, Arc::clone(&self.stats), self.qos.as_ref(), self.key);
         let names = self.table.names().enumerate();
         let took: std::collections::HashSet<&str> =
             names.filter(|(index, _)| self.table.takes_new(*index)).map(|(_, name)| name).collect();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
@@ -114,6 +115,9 @@ pub(crate) struct ServerStats {
     bytes: Counter,
     packets_back: Counter,
     bytes_back: Counter,
+    checks: Counter,
+    failed_checks: Counter,
+    health_changes: Counter,
 }
 
 /// All counters at one time.
@@ -165,6 +169,12 @@ pub struct ServerSnapshot {
     /// Seconds since then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub load_age_s: Option<f64>,
+    /// Looks at its service ports (`B7`).
+    pub checks: u64,
+    /// Those that failed.
+    pub failed_checks: u64,
+    /// How often one of its ports has become healthy or unhealthy.
+    pub health_changes: u64,
 }
 
 impl Stats {
@@ -198,7 +208,18 @@ impl ServerStats {
         self.packets.value()
     }
 
-    fn snapshot(&self) -> ServerSnapshot {
+    /// Counts a look at its health.
+    pub(crate) fn checked(&self, good: bool) {
+        self.checks.add(1);
+        self.failed_checks.add(u64::from(!good));
+    }
+
+    /// Counts a change of its health.
+    pub(crate) fn health_changed(&self) {
+        self.health_changes.add(1);
+    }
+
+    pub(crate) fn snapshot(&self) -> ServerSnapshot {
         ServerSnapshot {
             selected: self.selected.value(),
             plain: self.plain.value(),
@@ -208,6 +229,9 @@ impl ServerStats {
             bytes_back: self.bytes_back.value(),
             load: None,
             load_age_s: None,
+            checks: self.checks.value(),
+            failed_checks: self.failed_checks.value(),
+            health_changes: self.health_changes.value(),
         }
     }
 }
@@ -283,6 +307,11 @@ impl Balancer {
         }
         (name, snapshot)
     }
+
+    /// The counters of each server, by name.
+    pub(crate) fn server_stats(&self) -> impl Iterator<Item = (&str, &Arc<ServerStats>)> {
+        self.table.names().zip(self.servers.iter())
+    }
 }
 
 /// Reads one counter of a server.
@@ -311,13 +340,16 @@ impl fmt::Display for Snapshot {
             writeln!(f, "# TYPE shunt_balancer_{name}_total counter\nshunt_balancer_{name}_total {value}")?;
         }
         writeln!(f, "# TYPE shunt_balancer_fragments gauge\nshunt_balancer_fragments {}", self.fragments)?;
-        let columns: [(&str, Column); 6] = [
+        let columns: [(&str, Column); 9] = [
             ("selected", |server| server.selected),
             ("plain", |server| server.plain),
             ("packets", |server| server.packets),
             ("bytes", |server| server.bytes),
             ("back_packets", |server| server.packets_back),
             ("back_bytes", |server| server.bytes_back),
+            ("checks", |server| server.checks),
+            ("failed_checks", |server| server.failed_checks),
+            ("health_changes", |server| server.health_changes),
         ];
         for (column, value) in columns {
             writeln!(f, "# TYPE shunt_balancer_server_{column}_total counter")?;

@@ -13,6 +13,7 @@ use shunt_stack::wire::{IcmpView, Packet, Protocol};
 use crate::config::{
     Config, ForwardMode, IcmpRules, Legacy, Limits, PolicyName, Portless, Server, State, Transport, UdpPolicy,
 };
+use crate::health::Unfit;
 use crate::maglev::{Maglev, Member};
 use crate::select::{
     Candidate, Choice, Classes, Lives, Request, Select, SelectKey, Terms, datagram_policy, policy,
@@ -128,11 +129,12 @@ pub struct Table {
 }
 
 impl Table {
-    /// The table of a configuration; `key` is the key of keyed policies, `lives` is of the same servers.
-    pub(crate) fn new(config: &Config, key: SelectKey, lives: &Lives) -> Table {
+    /// The table of a configuration, with no new selections for those that are `unfit` (`B7`); `key` is the key of keyed
+    /// policies, `lives` is of the same servers.
+    pub(crate) fn new(config: &Config, key: SelectKey, lives: &Lives, unfit: &Unfit) -> Table {
         let classes = Arc::new(Classes::new(&config.classes));
         let taking = vec![false; config.servers.len()];
-        let mut builder = SetBuilder { config, key, lives, classes, known: HashMap::new(), taking };
+        let mut builder = SetBuilder { config, key, unfit, lives, classes, known: HashMap::new(), taking };
         let sets = builder.sets();
         let mut vips: Vec<Vip> =
             config.vips.iter().map(|address| vip(config, *address, builder.portless(*address))).collect();
@@ -256,6 +258,7 @@ impl Vip {
 struct SetBuilder<'a> {
     config: &'a Config,
     key: SelectKey,
+    unfit: &'a Unfit,
     lives: &'a Lives,
     classes: Arc<Classes>,
     /// Tables are large: equal sets share theirs.
@@ -281,14 +284,15 @@ impl SetBuilder<'_> {
 
     fn set(&mut self, service: usize, family: Family) -> Set {
         let config = self.config;
-        let up = |server: &Server| {
+        let up = |index: usize, server: &Server| {
             server.state == State::Up
+                && !self.unfit.contains(index, service, family)
                 && server.serves(family)
                 && server.ports.iter().any(|(of, _)| *of == service)
         };
         let mut members = Vec::new();
         if config.services[service].vips.iter().any(|vip| Family::of(*vip) == family) {
-            let servers = config.servers.iter().enumerate().filter(|(_, server)| up(server));
+            let servers = config.servers.iter().enumerate().filter(|(index, server)| up(*index, server));
             members.extend(servers.map(|(index, server)| member(index, server)));
         }
         for member in &members {
@@ -315,8 +319,14 @@ impl SetBuilder<'_> {
         if !config.balances_portless() {
             return None;
         }
-        let up = |server: &Server| server.state == State::Up && config.serves_vip(server, vip);
-        let servers = config.servers.iter().enumerate().filter(|(_, server)| up(server));
+        let family = Family::of(vip);
+        let fit = |index: usize, server: &Server| {
+            server.ports.iter().any(|(service, _)| !self.unfit.contains(index, *service, family))
+        };
+        let up = |index: usize, server: &Server| {
+            server.state == State::Up && config.serves_vip(server, vip) && fit(index, server)
+        };
+        let servers = config.servers.iter().enumerate().filter(|(index, server)| up(*index, server));
         let members: Vec<Member> = servers.map(|(index, server)| member(index, server)).collect();
         self.maglev(&members)
     }

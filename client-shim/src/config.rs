@@ -12,6 +12,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::Deserialize;
+use shunt_host::control::ControlOptions;
 use shunt_host::{ConfigError, HostOptions, PortRange, Source};
 use shunt_stack::redirect::ClientConfig;
 
@@ -115,6 +116,8 @@ pub struct Config {
     pub socket_interval: Duration,
     /// The proxy's part; there in proxy mode only.
     pub proxy: Option<ProxyConfig>,
+    /// The control socket.
+    pub control: ControlOptions,
     /// Numbers and names used on the host.
     pub host: HostOptions,
     /// The file it came from, which SIGHUP reads again.
@@ -159,6 +162,7 @@ impl Config {
             (self.host == new.host, "[host]"),
             (self.hold == new.hold, "hold"),
             (self.proxy == new.proxy, "[proxy]"),
+            (self.control.same_socket(&new.control), "[control]"),
         ];
         same.into_iter().find(|(same, _)| !same).map(|(_, key)| key)
     }

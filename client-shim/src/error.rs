@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use shunt_host::HostError;
+use shunt_host::control::ControlError;
 
 /// Why the shim could not start, or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -12,6 +13,9 @@ pub enum Error {
     /// The host could not be set up, asked or restored.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// The control socket cannot be served.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// The packet device could not be made, or broke.
     #[error("TUN device {name}: {error}")]
     Device {

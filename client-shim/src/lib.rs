@@ -6,6 +6,7 @@
 
 pub mod config;
 
+mod control;
 mod device;
 mod error;
 mod flows;
@@ -20,6 +21,8 @@ mod transparent;
 use std::future::Future;
 use std::path::PathBuf;
 
+use shunt_host::Role;
+use shunt_host::control::Server;
 use shunt_stack::device::{Captured, Device};
 use tokio::sync::oneshot;
 
@@ -38,11 +41,14 @@ pub struct RunOptions {
     pub ready: Option<oneshot::Sender<()>>,
     /// Where the changes made to the host and the redirected connections are kept, for the next start.
     pub state_dir: PathBuf,
+    /// The control socket, whatever the configuration says of it.
+    pub control_socket: Option<PathBuf>,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
-        Self { capture: None, ready: None, state_dir: PathBuf::from(shunt_host::DEFAULT_STATE_DIR) }
+        let state_dir = PathBuf::from(shunt_host::DEFAULT_STATE_DIR);
+        Self { capture: None, ready: None, state_dir, control_socket: None }
     }
 }
 
@@ -72,23 +78,32 @@ async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     let capture = options.capture.as_deref().map(device::capture).transpose()?;
+    let control = session.config().control.at(options.control_socket);
+    let asked = Server::open(&control, &options.state_dir, Role::Client)?;
     let tun = device::open(&session.config().host.device, session.mtu())?;
     session.set_up(&options.state_dir).await?;
+    let outside = Outside { reload, asked };
     match capture {
-        None => drive(session, tun, reload, options.ready, shutdown).await,
-        Some(capture) => drive(session, Captured::new(tun, capture), reload, options.ready, shutdown).await,
+        None => drive(session, tun, outside, options.ready, shutdown).await,
+        Some(capture) => drive(session, Captured::new(tun, capture), outside, options.ready, shutdown).await,
     }
+}
+
+/// What comes beside packets.
+struct Outside {
+    reload: Reload,
+    asked: Server,
 }
 
 async fn drive<D: Device + 'static>(
     session: &mut Session,
     device: D,
-    reload: Reload,
+    outside: Outside,
     ready: Option<oneshot::Sender<()>>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     match session.config().proxy.clone() {
-        None => transparent::drive(session, &device, reload, ready, shutdown).await,
-        Some(proxy) => proxy::drive(session, proxy, device, reload, ready, shutdown).await,
+        None => transparent::drive(session, &device, outside, ready, shutdown).await,
+        Some(proxy) => proxy::drive(session, proxy, device, outside, ready, shutdown).await,
     }
 }

@@ -18,9 +18,10 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
+use crate::Outside;
 use crate::config::{Config, ProxyConfig};
+use crate::control::{self, ProxyFacts};
 use crate::error::Error;
-use crate::reload::Reload;
 use crate::session::Session;
 use device::Filtered;
 
@@ -37,7 +38,7 @@ pub(crate) async fn drive<D: Device + 'static>(
     session: &mut Session,
     proxy: ProxyConfig,
     device: D,
-    mut reload: Reload,
+    mut outside: Outside,
     ready: Option<oneshot::Sender<()>>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
@@ -72,7 +73,8 @@ pub(crate) async fn drive<D: Device + 'static>(
                 }
             }
             // Never a configuration: a proxy's is refused.
-            _ = reload.wait(session.config()) => {}
+            _ = outside.reload.wait(session.config()) => {}
+            call = outside.asked.next() => control::answer_proxy(call, session, &upstream.facts()),
             () = &mut shutdown => break Ok(()),
         }
     };
@@ -152,6 +154,8 @@ pub(crate) struct Upstream {
     vips: Vec<IpAddr>,
     options: ClientOptions,
     request_timeout: Duration,
+    /// Connections at once.
+    most: usize,
     permits: Arc<Semaphore>,
     /// With the own addresses it was made for; none while no VIP has a route.
     endpoint: Mutex<Option<(Vec<IpAddr>, Endpoint)>>,
@@ -170,6 +174,7 @@ impl Upstream {
             vips: config.vips().collect(),
             options,
             request_timeout: proxy.request_timeout,
+            most: proxy.max_connections,
             permits: Arc::new(Semaphore::new(proxy.max_connections)),
             endpoint: Mutex::new(None),
         }
@@ -197,6 +202,18 @@ impl Upstream {
             *self.endpoint() = Some((addresses, made));
         }
         Ok(())
+    }
+
+    /// What there is to tell.
+    fn facts(&self) -> ProxyFacts {
+        let endpoint = self.endpoint();
+        let endpoint = endpoint.as_ref().map(|(_, endpoint)| endpoint);
+        ProxyFacts {
+            most: self.most,
+            connections: self.most - self.permits.available_permits(),
+            machine: endpoint.and_then(Endpoint::client_counters).unwrap_or_default(),
+            endpoint: endpoint.map(Endpoint::counters).unwrap_or_default(),
+        }
     }
 
     /// Whether a proxy's client may go there.

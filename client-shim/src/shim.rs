@@ -5,6 +5,7 @@ use std::io;
 use std::net::IpAddr;
 
 use bytes::BytesMut;
+use serde::Serialize;
 use shunt_stack::device::{Clock, Device};
 use shunt_stack::redirect::{Action, Client, ClientConfig, ClientEvent};
 use shunt_stack::time::Instant;
@@ -41,7 +42,7 @@ pub(crate) fn side(packet: &Packet, vips: &HashSet<IpAddr>) -> Side {
 }
 
 /// What the driver counted.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct ShimCounters {
     /// Packets read.
     pub(crate) received: u64,

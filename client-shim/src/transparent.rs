@@ -16,10 +16,11 @@ use siphasher::sip::SipHasher13;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
+use crate::Outside;
 use crate::config::Config;
+use crate::control;
 use crate::error::Error;
 use crate::flows::FlowFile;
-use crate::reload::Reload;
 use crate::session::Session;
 use crate::shim::{Shim, is_passing};
 
@@ -40,7 +41,7 @@ type SocketQuery = Pin<Box<dyn Future<Output = Result<TcpSockets, HostError>>>>;
 pub(crate) async fn drive<D: Device>(
     session: &mut Session,
     device: &D,
-    mut reload: Reload,
+    mut outside: Outside,
     ready: Option<tokio::sync::oneshot::Sender<()>>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
@@ -49,7 +50,7 @@ pub(crate) async fn drive<D: Device>(
         // Whoever asked may have gone.
         let _ = ready.send(());
     }
-    let result = driver.serve(session, device, &mut reload, shutdown).await;
+    let result = driver.serve(session, device, &mut outside, shutdown).await;
     driver.finish().await;
     result
 }
@@ -81,7 +82,7 @@ impl Driver {
         &mut self,
         session: &mut Session,
         device: &impl Device,
-        reload: &mut Reload,
+        outside: &mut Outside,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), Error> {
         let mut buffer = BytesMut::new();
@@ -106,7 +107,10 @@ impl Driver {
                         session.tell_paths(|vip, path| self.shim.client_mut().set_path(vip, path));
                     }
                 }
-                config = reload.wait(session.config()) => {
+                call = outside.asked.next() => {
+                    control::answer(call, session, self.shim.client(), &self.shim.counters);
+                }
+                config = outside.reload.wait(session.config()) => {
                     self.reload(session, device, config).await?;
                     paths = ticks(session.config().path_interval);
                     sockets = ticks(session.config().socket_interval);

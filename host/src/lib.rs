@@ -5,6 +5,7 @@
 //!   ([`divert`]) packet marks. A [`Host`] applies them through netlink and `/proc/sys` and undoes them in reverse
 //!   order, also those that a killed predecessor left behind.
 //! - [`query`] asks the kernel: next hops, addresses, MTU, TCP sockets.
+//! - [`control`] is how a running daemon is asked and told: JSON lines over a Unix socket.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), shunt_host::HostError> {
@@ -37,6 +38,7 @@
 
 pub mod change;
 pub mod config;
+pub mod control;
 pub mod divert;
 mod error;
 mod host;

@@ -154,6 +154,23 @@ impl TcpSockets {
         Ok(Self { pairs })
     }
 
+    /// Those of the local sockets in `locals` that can still carry something: all but TIME-WAIT; IPv4-mapped addresses
+    /// count as IPv4.
+    ///
+    /// # Errors
+    /// The kernel does not answer (`sock_diag` missing).
+    pub async fn served_at(locals: &HashSet<SocketAddr>) -> Result<Self, HostError> {
+        use TcpState::{CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, NewSynRecv, SynRecv};
+        let states = [SynRecv, NewSynRecv, Established, FinWait1, FinWait2, CloseWait, Closing, LastAck];
+        let pairs = tcp_sockets(&states)
+            .await?
+            .iter()
+            .map(|socket| (canonical(socket.local), canonical(socket.remote)))
+            .filter(|(local, _)| locals.contains(local))
+            .collect();
+        Ok(Self { pairs })
+    }
+
     /// The connections as (local, remote).
     pub fn pairs(&self) -> &HashSet<(SocketAddr, SocketAddr)> {
         &self.pairs

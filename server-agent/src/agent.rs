@@ -18,6 +18,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until};
 
 use crate::config::{Config, DivertMode};
+use crate::control::{Asked, Desk};
 use crate::error::Error;
 use crate::listeners::Watch;
 use crate::setup::{self, Facts};
@@ -36,6 +37,8 @@ pub struct RunOptions {
     pub stats: Option<watch::Sender<AgentStats>>,
     /// Where the state that survives the process is kept; [`shunt_host::DEFAULT_STATE_DIR`] unless given.
     pub state_dir: Option<PathBuf>,
+    /// The control socket, whatever the configuration says of it.
+    pub control_socket: Option<PathBuf>,
 }
 
 /// Runs the agent until `shutdown`, in the network namespace of the calling thread, then undoes its changes to the
@@ -50,7 +53,10 @@ pub async fn run(
 ) -> Result<(), Error> {
     let state_dir = options.state_dir.as_deref().unwrap_or(Path::new(shunt_host::DEFAULT_STATE_DIR));
     let mut host = Host::open_in(state_dir, NAME, &config.host).await?;
-    let result = serve(config, options, &mut host, shutdown).await;
+    let result = match Desk::open(&config, state_dir, options.control_socket.clone()).await {
+        Ok(desk) => serve(config, options, desk, &mut host, shutdown).await,
+        Err(error) => Err(error.into()),
+    };
     let closed = host.close().await;
     result?;
     Ok(closed?)
@@ -59,6 +65,7 @@ pub async fn run(
 async fn serve(
     config: Config,
     options: RunOptions,
+    desk: Desk,
     host: &mut Host,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
@@ -84,6 +91,7 @@ async fn serve(
         watch,
         clock: Clock::start(),
         hangup,
+        desk,
         stats: AgentStats::default(),
         publish: options.stats,
     };
@@ -163,6 +171,7 @@ struct Agent<'a> {
     clock: Clock,
     ticks: Interval,
     hangup: Signal,
+    desk: Desk,
     stats: AgentStats,
     publish: Option<watch::Sender<AgentStats>>,
 }
@@ -187,6 +196,7 @@ impl Agent<'_> {
                     self.watch.look(&self.config, &mut self.server).await;
                     self.publish();
                 }
+                asked = self.desk.next() => self.answer(asked),
                 () = due => self.flush(&device).await,
                 received = device.recv(&mut buffer) => {
                     let offload = received
@@ -243,6 +253,11 @@ impl Agent<'_> {
             self.stats.unsent += 1;
             tracing::debug!(%error, length = packet.len(), "the device did not take a packet");
         }
+    }
+
+    fn answer(&mut self, asked: Asked) {
+        self.stats.server = *self.server.counters();
+        self.desk.answer(asked, &self.config, &self.watch, &self.stats);
     }
 
     fn publish(&mut self) {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use shunt_host::control::ControlOptions;
 use shunt_host::{ConfigError, HostOptions, Source};
 use shunt_stack::redirect::ServicePorts;
 
@@ -59,6 +60,10 @@ pub struct Config {
     pub max_hops: u8,
     /// How often the kernel is asked who listens (`S6`).
     pub listener_interval: Duration,
+    /// The control socket.
+    pub control: ControlOptions,
+    /// Where the count of connections is served to balancers, if it is.
+    pub status: Option<SocketAddr>,
     /// Numbers and names used on the host.
     pub host: HostOptions,
     /// The file it came from, which SIGHUP reads again.
@@ -110,6 +115,8 @@ impl Config {
             (self.interface == new.interface, "interface"),
             (self.host == new.host, "[host]"),
             (self.limits() == new.limits(), "[limits]"),
+            (self.control.same_socket(&new.control), "[control]"),
+            (self.status == new.status, "[status]"),
         ];
         same.into_iter().find(|(same, _)| !same).map(|(_, key)| key)
     }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use shunt_host::HostError;
+use shunt_host::control::ControlError;
 
 /// Why the agent could not start, or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -11,6 +12,9 @@ pub enum Error {
     /// The host could not be set up, asked or restored.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// The control socket or the status address cannot be served.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// The packet device could not be made; the message says which and what to do.
     #[error(transparent)]
     Device(io::Error),

@@ -8,6 +8,7 @@
 
 mod agent;
 mod config;
+mod control;
 mod error;
 mod listeners;
 mod setup;

@@ -16,6 +16,11 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
+    /// Whether somebody listened at the last look; `None` if that is not known.
+    pub(crate) fn listening(&self, socket: SocketAddr) -> Option<bool> {
+        self.known.get(&socket).copied()
+    }
+
     /// Asks the kernel and tells the machine. If the kernel does not answer, the latest answers stay; at first
     /// everybody counts as listening.
     pub(crate) async fn look(&mut self, config: &Config, server: &mut Server) {

@@ -1,7 +1,7 @@
 //! What a file may not say.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use shunt_host::{ConfigError, Family, Role, Source};
 use toml::Spanned;
 
 use super::file::{Addresses, File, LimitsTable, ServerTable, ServiceTable, TimersTable};
+use super::health::CheckTable;
 use super::{
     Class, Config, ForwardMode, Legacy, Limits, MAX_DIRECT_SERVERS, MAX_FRAGMENT_LIFETIME, MAX_FRAGMENTS,
     MAX_SERVERS, MAX_SERVICES, MAX_VIPS, MAX_WEIGHT, PolicyName, Server, Service, Transport, UdpPolicy,
@@ -21,7 +22,7 @@ pub(super) type Result<T> = std::result::Result<T, ConfigError>;
 pub(super) fn check(source: &Source) -> Result<Config> {
     shunt_host::expect_role(source, Role::Balancer)?;
     let file: File = source.parse()?;
-    let checker = Checker { source, forward: file.forward };
+    let checker = Checker { source, forward: file.forward, health: &file.health };
     let vips = checker.vips(&file.vips)?;
     let classes = checker.classes(&file.class)?;
     let services = checker.services(&file.service, &vips, &classes)?;
@@ -63,7 +64,10 @@ pub(super) fn check(source: &Source) -> Result<Config> {
         packets_half_life: checker.seconds(file.packets_half_life_s.as_ref(), 10)?,
         admin_ports,
         statistics: checker.statistics(&file.statistics)?,
+        control: file.control.resolve(Role::Balancer, source)?,
+        check_ports: file.health.source_ports(source)?,
         host,
+        text: source.text.as_str().into(),
     };
     checker.way_back_is_unambiguous(&file, &config)?;
     Ok(config)
@@ -72,6 +76,7 @@ pub(super) fn check(source: &Source) -> Result<Config> {
 pub(super) struct Checker<'a> {
     source: &'a Source,
     forward: ForwardMode,
+    health: &'a CheckTable,
 }
 
 impl Checker<'_> {
@@ -145,14 +150,17 @@ impl Checker<'_> {
             }
             let policy = table.policy.as_ref().map_or_else(PolicyName::default, |policy| *policy.get_ref());
             let traffic = self.traffic(table, classes)?;
+            let check = CheckTable::resolve(table.check.as_ref(), self.health, self.forward, self.source)?;
             services.push(Service {
                 name,
                 redirect_port: port,
-                protocols,
                 policy,
                 udp_policy,
                 vips,
                 traffic,
+                // Only TCP says whether somebody is there.
+                check: check.filter(|_| protocols.contains(&Transport::Tcp)),
+                protocols,
             });
         }
         Ok(services)
@@ -249,6 +257,7 @@ impl Checker<'_> {
                 device: None,
                 gateways: Vec::new(),
                 classes: self.classes_of(&table.classes, classes)?,
+                agent: self.agent(table)?,
             };
             self.connection(table, &mut server, vips)?;
             servers.push(server);
@@ -264,6 +273,16 @@ impl Checker<'_> {
             return self.fail(weight.span(), message);
         }
         Ok(*weight.get_ref())
+    }
+
+    fn agent(&self, table: &ServerTable) -> Result<Option<SocketAddr>> {
+        let Some(agent) = &table.agent else { return Ok(None) };
+        let address = *agent.get_ref();
+        if address.port() == 0 {
+            return self.fail(agent.span(), "port 0 cannot be used");
+        }
+        self.unicast(address.ip(), agent.span())?;
+        Ok(Some(address))
     }
 
     fn addresses(&self, written: Option<&Spanned<Addresses>>, vips: &[IpAddr]) -> Result<Vec<IpAddr>> {

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use shunt_host::control::ControlSettings;
 use shunt_host::{HostSettings, Role};
 use toml::Spanned;
 
+use super::health::CheckTable;
 use super::portless::{IcmpTable, ProtocolTable};
 use super::traffic::{ClassTable, LimitTable, PatternTable, StatisticsTable};
 use super::{ForwardMode, Legacy, PolicyName, State, Transport, UdpPolicy};
@@ -50,6 +52,10 @@ pub(super) struct File {
     #[serde(default)]
     pub(super) statistics: StatisticsTable,
     #[serde(default)]
+    pub(super) health: CheckTable,
+    #[serde(default)]
+    pub(super) control: ControlSettings,
+    #[serde(default)]
     pub(super) host: HostSettings,
 }
 
@@ -89,6 +95,8 @@ pub(super) struct ServiceTable {
     pub(super) mark_dscp: Option<Spanned<u8>>,
     #[serde(default)]
     pub(super) limit: Option<LimitTable>,
+    #[serde(default)]
+    pub(super) check: Option<Spanned<CheckTable>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -109,6 +117,8 @@ pub(super) struct ServerTable {
     pub(super) gateway: Option<Spanned<Addresses>>,
     #[serde(default)]
     pub(super) classes: Vec<Spanned<String>>,
+    #[serde(default)]
+    pub(super) agent: Option<Spanned<SocketAddr>>,
 }
 
 /// One address, or a list of them.

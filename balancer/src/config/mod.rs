@@ -4,6 +4,7 @@
 
 mod check;
 mod file;
+mod health;
 mod portless;
 #[cfg(test)]
 mod tests;
@@ -11,12 +12,16 @@ mod traffic;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use shunt_host::{ConfigError, Family, HostOptions, Source};
+use shunt_host::control::ControlOptions;
+use shunt_host::{ConfigError, Family, HostOptions, PortRange, Source};
+
+pub use health::{Check, CheckKind};
 
 pub use portless::{IcmpRules, Portless};
 pub use shunt_host::Transport;
@@ -138,6 +143,8 @@ pub struct Service {
     pub(crate) vips: Vec<IpAddr>,
     /// Selection, marking and limits beside the policy.
     pub(crate) traffic: Traffic,
+    /// How its servers' health is looked at; `None` if it is not.
+    pub(crate) check: Option<Check>,
 }
 
 impl Service {
@@ -164,6 +171,8 @@ pub struct Server {
     pub(crate) gateways: Vec<IpAddr>,
     /// Indices of its classes.
     pub(crate) classes: Vec<usize>,
+    /// Where its agent serves its status.
+    pub(crate) agent: Option<SocketAddr>,
 }
 
 impl Server {
@@ -214,7 +223,12 @@ pub struct Config {
     pub(crate) admin_ports: Vec<u16>,
     /// Whether and how connections are counted.
     pub(crate) statistics: Option<Statistics>,
+    pub(crate) control: ControlOptions,
+    /// Own source ports of health checks.
+    pub(crate) check_ports: PortRange,
     pub(crate) host: HostOptions,
+    /// What was read.
+    pub(crate) text: Arc<str>,
 }
 
 impl Config {
@@ -257,6 +271,16 @@ impl Config {
     /// Numbers and names used on the host.
     pub fn host(&self) -> &HostOptions {
         &self.host
+    }
+
+    /// The text that says all this.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Whether any service's health is looked at.
+    pub(crate) fn checks_health(&self) -> bool {
+        self.services.iter().any(|service| service.check.is_some())
     }
 
     /// Whether there is a VIP of the family.

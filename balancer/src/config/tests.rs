@@ -423,3 +423,68 @@ fn each_mistake_about_traffic_is_refused_with_its_line() {
     let error = parse(&GOOD.replace("policy = \"round-robin\"", "otherwise = \"random\"")).unwrap_err();
     assert_eq!(error.line(), Some(10), "{error}");
 }
+
+#[test]
+fn checks_take_their_own_keys_then_those_of_health_then_the_defaults() {
+    assert_eq!(parse(GOOD).unwrap().services[0].check, None);
+    let text = GOOD.replace(
+        "policy = \"round-robin\"",
+        "policy = \"round-robin\"\ncheck = { kind = \"http\", path = \"/up?x=1\", fall = 5 }\n\
+         [[service]]\nname = \"mail\"\nredirect_port = 25\n\
+         [[service]]\nname = \"raw\"\nredirect_port = 26\ncheck = { kind = \"none\" }",
+    ) + "[health]\nkind = \"tcp\"\ninterval_ms = 500\nfall = 4\nsource_ports = \"20000-20001\"\n";
+    let config = parse(&text).unwrap();
+    let [web, mail, raw] = &config.services[..] else { panic!() };
+    let check = web.check.as_ref().unwrap();
+    assert_eq!(
+        (check.kind, check.path.as_str(), &check.expect[..]),
+        (CheckKind::Http, "/up?x=1", &[200][..])
+    );
+    assert_eq!((check.interval.as_millis(), check.timeout.as_millis()), (500, 1000));
+    assert_eq!((check.rise, check.fall), (2, 5));
+    assert_eq!(mail.check.as_ref().map(|check| (check.kind, check.fall)), Some((CheckKind::Tcp, 4)));
+    assert_eq!(raw.check, None);
+    assert_eq!((config.check_ports.first(), config.check_ports.last()), (20_000, 20_001));
+}
+
+#[test]
+fn mistakes_about_health_and_control_are_refused_with_their_line() {
+    let policy = "policy = \"round-robin\"";
+    for (to, line, message) in [
+        ("check = {}", 10, "a check has a kind"),
+        ("check = { kind = \"icmp\" }", 10, "unknown variant"),
+        ("check = { kind = \"http\", path = \"up\" }", 10, "no path of a URL"),
+        ("check = { kind = \"http\", expect = [20] }", 10, "HTTP statuses"),
+        ("check = { kind = \"http\", host = \"a\\nb\" }", 10, "Host header"),
+        ("check = { kind = \"tcp\", rise = 0 }", 10, "between 1 and 100"),
+        ("check = { kind = \"tcp\", interval_ms = 1 }", 10, "between 10 and"),
+        ("check = { kind = \"tcp\", source_ports = \"1-2\" }", 10, "belongs into [health]"),
+    ] {
+        let error = mistake(policy, to);
+        assert_eq!(error.line(), Some(line), "{to}: {error}");
+        assert!(error.message().contains(message), "{to}: {error}");
+    }
+    for (from, to, line, message) in [
+        ("[host]", "[health]\nsource_ports = \"1-2\"\n[host]", 25, "ports from 1024 on"),
+        ("[host]", "[control]\nsocket = \"x\"\n[host]", 25, "whole path"),
+        ("weight = 3", "agent = \"10.0.0.11\"", 15, "invalid"),
+        ("weight = 3", "agent = \"10.0.0.11:0\"", 15, "port 0"),
+        ("weight = 3", "agent = \"0.0.0.0:9000\"", 15, "cannot be reached"),
+    ] {
+        let error = mistake(from, to);
+        assert_eq!(error.line(), Some(line), "{to}: {error}");
+        assert!(error.message().contains(message), "{to}: {error}");
+    }
+}
+
+#[test]
+fn in_direct_mode_health_is_not_looked_at_and_the_file_is_told_so() {
+    let direct = "role = \"balancer\"\nvips = [\"203.0.113.10\"]\nforward = \"direct\"\n[[service]]\nname = \"web\"\n\
+                  redirect_port = 443\n";
+    parse(direct).unwrap();
+    let own = parse(&format!("{direct}check = {{ kind = \"tcp\" }}\n")).unwrap_err();
+    assert_eq!(own.line(), Some(7), "{own}");
+    assert!(own.message().contains("only looked at with `forward = \"network\"`"), "{own}");
+    let all = parse(&format!("{direct}[health]\nkind = \"tcp\"\n")).unwrap_err();
+    assert_eq!(all.line(), Some(8), "{all}");
+}

@@ -3,6 +3,7 @@
 mod connections;
 mod datagrams;
 mod fragments;
+mod health;
 mod icmp;
 mod packets;
 mod properties;

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use serde::Deserialize;
+use shunt_host::control::ControlSettings;
 use shunt_host::{ConfigError, HostSettings, PortRange, Role, Source};
 use shunt_stack::redirect::{ClientConfig, Continuation, OnRedirect, VipConfig};
 use toml::Spanned;
@@ -38,6 +39,8 @@ pub(super) struct File {
     #[serde(default)]
     timers: Timers,
     proxy: Option<Spanned<Proxy>>,
+    #[serde(default)]
+    control: ControlSettings,
     #[serde(default)]
     host: HostSettings,
 }
@@ -133,6 +136,7 @@ impl File {
             socket_interval: seconds(source, timers.sockets_s.as_ref(), 5)?,
             client,
             proxy,
+            control: self.control.resolve(Role::Client, source)?,
             host,
             path: source.path.clone(),
         })

@@ -70,7 +70,12 @@ impl Net {
         let config = Config::from_source(&Source::new("client.toml", text)).unwrap_or_else(|e| panic!("{e}"));
         let (ready, is_ready) = oneshot::channel();
         let (stop, stopped) = oneshot::channel::<()>();
-        let options = RunOptions { ready: Some(ready), capture, state_dir: self.state.path().to_owned() };
+        let options = RunOptions {
+            ready: Some(ready),
+            capture,
+            state_dir: self.state.path().to_owned(),
+            ..RunOptions::default()
+        };
         let host = self.client.clone();
         let thread = std::thread::spawn(move || {
             let inside = || {
@@ -228,7 +233,7 @@ pub fn shim_process() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let (ready, is_ready) = oneshot::channel();
-        let options = RunOptions { ready: Some(ready), capture: None, state_dir: state.into() };
+        let options = RunOptions { ready: Some(ready), state_dir: state.into(), ..RunOptions::default() };
         let mut terminate =
             tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).unwrap();
         tokio::spawn(async {

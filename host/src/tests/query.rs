@@ -92,6 +92,14 @@ fn connections_are_found_in_every_state_and_family() {
         let none = TcpSockets::connected_to(&[ip("192.0.2.1")].into()).await.unwrap();
         assert!(none.pairs().is_empty());
         opening.abort();
+
+        // By local socket: the accepted ends, whatever family they were accepted on, and no TIME-WAIT.
+        let served: HashSet<SocketAddr> =
+            ["127.0.0.1", "::1"].map(|address| SocketAddr::new(ip(address), port)).into();
+        let found = TcpSockets::served_at(&served).await.unwrap();
+        assert_eq!(found.pairs().len(), 2, "{found:?}");
+        assert!(found.contains(v4.peer_addr().unwrap(), v4.local_addr().unwrap()), "{found:?}");
+        assert!(found.contains(v6.peer_addr().unwrap(), v6.local_addr().unwrap()), "{found:?}");
     });
 }
 

@@ -1,10 +1,11 @@
 //! The file as written, and its check.
 
 use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::Deserialize;
+use shunt_host::control::ControlSettings;
 use shunt_host::{ConfigError, HostSettings, Role, Source};
 use shunt_stack::redirect::ServerConfig;
 use toml::Spanned;
@@ -34,7 +35,19 @@ struct File {
     #[serde(default)]
     timers: Timers,
     #[serde(default)]
+    control: ControlSettings,
+    #[serde(default)]
+    status: Status,
+    #[serde(default)]
     host: HostSettings,
+}
+
+/// What others may ask, over TCP and without a password.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Status {
+    /// Where the count of connections is told; nowhere if left out.
+    listen: Option<Spanned<SocketAddr>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -110,6 +123,8 @@ impl File {
             half_open_lifetime: Duration::from_secs(lifetime),
             max_hops: hops as u8,
             listener_interval: Duration::from_secs(listeners),
+            control: self.control.resolve(Role::Server, source)?,
+            status: status(source, self.status.listen.as_ref())?,
             host: self.host.resolve(Role::Server, source)?,
             path: source.path.clone(),
         })
@@ -129,6 +144,15 @@ fn within(
             let message = format!("this must be between {} and {}", range.start(), range.end());
             Err(source.error_at(value.span(), message))
         }
+    }
+}
+
+fn status(source: &Source, written: Option<&Spanned<SocketAddr>>) -> Result<Option<SocketAddr>, ConfigError> {
+    match written {
+        Some(address) if address.get_ref().port() == 0 => {
+            Err(source.error_at(address.span(), "port 0 cannot be used"))
+        }
+        _ => Ok(written.map(|address| *address.get_ref())),
     }
 }
 

@@ -42,12 +42,14 @@ fn every_key_is_read() {
         concat!(
             "\ndivert = \"all\"\nnotrack = false\n",
             "[limits]\nhalf_open = 100\nhops = 2\n[timers]\nhalf_open_s = 10\nlisteners_s = 5\n",
+            "[control]\nenabled = false\n[status]\nlisten = \"[::]:9000\"\n",
             "[host]\nexid = 0x1111\n[[service]]\nname = \"web\"",
         ),
     );
     let config = config(&text).unwrap();
     assert_eq!((config.divert, config.notrack, config.half_open_limit), (DivertMode::All, false, 100));
     assert_eq!((config.half_open_lifetime, config.max_hops), (Duration::from_secs(10), 2));
+    assert_eq!((config.control.enabled, config.status), (false, "[::]:9000".parse().ok()));
     assert_eq!((config.listener_interval, config.host.exid), (Duration::from_secs(5), 0x1111));
 }
 
@@ -77,6 +79,8 @@ fn mistakes_are_refused_with_their_line() {
         ("service_port = 41002", "service_port = 41002\n[limits]\nhalf_open = 0", 15, "between 1 and"),
         ("service_port = 41002", "service_port = 41002\n[timers]\nlisteners_s = 0", 15, "between 1 and"),
         ("service_port = 41002", "service_port = 41002\n[host]\nmark = 0", 15, "mark 0"),
+        ("service_port = 41002", "service_port = 41002\n[status]\nlisten = \"10.0.0.1:0\"", 15, "port 0"),
+        ("service_port = 41002", "service_port = 41002\n[control]\nquiet_s = 3", 15, "only a balancer"),
         ("interface = \"eth0\"", "interface = \"eth0\"\ndivert = \"some\"", 3, "unknown variant"),
     ] {
         let text = GOOD.replace(from, to);
@@ -98,6 +102,8 @@ fn a_reload_may_change_services_but_not_the_device() {
     assert_eq!(old.needs_restart(&with("5432", "5433")), None);
     assert_eq!(old.needs_restart(&with("2001:db8::10", "2001:db8::11")), None);
     assert_eq!(old.needs_restart(&with("eth0", "eth1")), Some("interface"));
+    let status = "41002\n[status]\nlisten = \"10.0.0.1:9\"";
+    assert_eq!(old.needs_restart(&with("41002", status)), Some("[status]"));
     assert_eq!(old.needs_restart(&with("41002", "41002\n[host]\ndevice = \"x\"")), Some("[host]"));
     assert_eq!(old.needs_restart(&with("41002", "41002\n[limits]\nhops = 1")), Some("[limits]"));
 }

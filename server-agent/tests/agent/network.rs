@@ -152,6 +152,7 @@ impl Agent {
                     stats: Some(publish),
                     capture: Some(state.join("agent.pcapng")),
                     state_dir: Some(state),
+                    ..RunOptions::default()
                 };
                 runtime.block_on(run(config, options, async { stopped.await.unwrap_or(()) }))
             };

@@ -1,0 +1,105 @@
+//! What a running balancer is, for people and scripts.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use serde::Serialize;
+
+use crate::config::{Check, Config, ForwardMode, Legacy, PolicyName, State};
+use crate::health::{self, CheckReport, Monitor};
+use crate::stats::{ServerSnapshot, Snapshot};
+
+/// The answer to `show`.
+#[derive(Debug, Serialize)]
+pub(super) struct Show<'a> {
+    role: &'static str,
+    vips: &'a [IpAddr],
+    forward: ForwardMode,
+    legacy: Legacy,
+    default_server: Option<&'a str>,
+    services: Vec<ServiceShow<'a>>,
+    servers: Vec<ServerShow<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct ServiceShow<'a> {
+    name: &'a str,
+    redirect_port: u16,
+    vips: &'a [IpAddr],
+    policy: PolicyName,
+    check: Option<&'a Check>,
+    /// Servers, and those of them that take new connections.
+    servers: usize,
+    taking: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct ServerShow<'a> {
+    name: &'a str,
+    addresses: &'a [IpAddr],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<&'a str>,
+    state: State,
+    /// `unhealthy` if any of its ports is, `unknown` if none is and one is not known yet; none if none is looked at.
+    health: Option<health::State>,
+    weight: u32,
+    /// Service port by service.
+    ports: BTreeMap<&'a str, u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    agent: Option<SocketAddr>,
+    checks: Vec<CheckReport>,
+    counters: ServerSnapshot,
+}
+
+/// Describes a configuration with what is known of its servers.
+pub(super) fn show<'a>(config: &'a Config, monitor: &Monitor, counters: &Snapshot) -> Show<'a> {
+    let servers: Vec<ServerShow<'a>> = config
+        .servers
+        .iter()
+        .map(|server| {
+            let checks = monitor.report(&server.name);
+            let any = |state| checks.iter().any(|check| check.state == state).then_some(state);
+            let health = any(health::State::Unhealthy)
+                .or_else(|| any(health::State::Unknown))
+                .or_else(|| any(health::State::Healthy));
+            let port = |(service, port): &(usize, u16)| (config.services[*service].name.as_str(), *port);
+            ServerShow {
+                name: &server.name,
+                addresses: &server.addresses,
+                device: server.device.as_deref(),
+                state: server.state,
+                health,
+                weight: server.weight,
+                ports: server.ports.iter().map(port).collect(),
+                agent: server.agent,
+                counters: counters.servers.get(&server.name).copied().unwrap_or_default(),
+                checks,
+            }
+        })
+        .collect();
+    let service = |service: &'a crate::config::Service| {
+        let name = service.name.as_str();
+        let bad = |check: &CheckReport| check.service == name && check.state == health::State::Unhealthy;
+        let own = || servers.iter().filter(|server| server.ports.contains_key(name));
+        let taking =
+            own().filter(|server| server.state == State::Up && !server.checks.iter().any(bad)).count();
+        ServiceShow {
+            name,
+            redirect_port: service.redirect_port,
+            vips: &service.vips,
+            policy: service.policy,
+            check: service.check.as_ref(),
+            servers: own().count(),
+            taking,
+        }
+    };
+    Show {
+        role: "balancer",
+        vips: &config.vips,
+        forward: config.forward,
+        legacy: config.legacy,
+        default_server: config.default_server.map(|index| config.servers[index].name.as_str()),
+        services: config.services.iter().map(service).collect(),
+        servers,
+    }
+}
