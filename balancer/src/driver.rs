@@ -67,14 +67,12 @@ struct Live<D> {
 impl<D: Device> Running for Live<D> {
     fn set_load(&self, server: &str, load: f32) -> Result<(), LoadError> {
         let active = Arc::clone(&self.active.borrow());
-        active.balancer.advance(self.clock.now());
-        active.balancer.set_load(server, load)
+        active.set_load(self.clock, server, load)
     }
 
     fn snapshot(&self) -> Snapshot {
         let active = Arc::clone(&self.active.borrow());
-        active.balancer.advance(self.clock.now());
-        active.snapshot()
+        active.snapshot(self.clock)
     }
 }
 
@@ -248,8 +246,15 @@ async fn at_once_or_waiting<T>(future: impl Future<Output = T>) -> (bool, T) {
 }
 
 impl<D: Device> Active<D> {
-    /// All counters.
-    fn snapshot(&self) -> Snapshot {
+    /// Takes a server's load now.
+    fn set_load(&self, clock: Clock, server: &str, load: f32) -> Result<(), LoadError> {
+        self.balancer.advance(clock.now());
+        self.balancer.set_load(server, load)
+    }
+
+    /// All counters now.
+    fn snapshot(&self, clock: Clock) -> Snapshot {
+        self.balancer.advance(clock.now());
         let mut snapshot = self.balancer.snapshot();
         let connections = self.connections.as_ref();
         snapshot.connections = connections.map(|connections| connections.snapshot(self.balancer.now()));
@@ -403,8 +408,13 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     /// All counters now.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let active = Arc::clone(&self.active.borrow());
-        active.balancer.advance(self.clock.now());
-        active.snapshot()
+        active.snapshot(self.clock)
+    }
+
+    /// Takes a server's load now; see [`Balancer::set_load`].
+    pub(crate) fn set_load(&self, server: &str, load: f32) -> Result<(), LoadError> {
+        let active = Arc::clone(&self.active.borrow());
+        active.set_load(self.clock, server, load)
     }
 
     /// What decides now.

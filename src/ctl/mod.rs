@@ -106,6 +106,13 @@ enum Ctl {
         /// From 1 to 65535.
         weight: u32,
     },
+    /// Tell a server's load, for the policy `least-load`; it counts for `load_max_age_s` (balancer).
+    Load {
+        /// The server.
+        name: String,
+        /// From 0.0 (idle) to 1.0 (full).
+        load: f32,
+    },
     /// Choose servers for a service's new connections in another way (balancer).
     Policy {
         /// The service.
@@ -198,6 +205,7 @@ impl Ctl {
             }
             Ctl::Enable { name } => json!({ "command": "enable", "name": name }),
             Ctl::Weight { name, weight } => json!({ "command": "weight", "name": name, "weight": weight }),
+            Ctl::Load { name, load } => json!({ "command": "load", "name": name, "load": load }),
             Ctl::Policy { service, policy } => {
                 json!({ "command": "policy", "service": service, "policy": policy })
             }
@@ -225,7 +233,12 @@ impl Ctl {
             Ctl::Config => print!("{}", value["toml"].as_str().unwrap_or_default()),
             Ctl::Drain { name, wait: true, .. } => println!("{name} is safe to remove"),
             Ctl::Drain { name, .. } => println!("{name} gets no new connections"),
-            Ctl::Reload | Ctl::Server(_) | Ctl::Enable { .. } | Ctl::Weight { .. } | Ctl::Policy { .. } => {}
+            Ctl::Reload
+            | Ctl::Server(_)
+            | Ctl::Enable { .. }
+            | Ctl::Weight { .. }
+            | Ctl::Load { .. }
+            | Ctl::Policy { .. } => {}
         }
     }
 }

@@ -85,6 +85,13 @@ pub enum Request {
         /// The weight.
         weight: u32,
     },
+    /// A server's load now, from 0.0 (idle) to 1.0 (full), for `least-load`.
+    Load {
+        /// Its name.
+        name: String,
+        /// The load.
+        load: f32,
+    },
     /// Another policy for a service.
     Policy {
         /// Its name.
@@ -110,7 +117,11 @@ impl Request {
             Some(Edit::Set { name: name.to_owned(), keys })
         };
         match self {
-            Request::Show {} | Request::Counters { .. } | Request::Config {} | Request::Reload {} => None,
+            Request::Show {}
+            | Request::Counters { .. }
+            | Request::Config {}
+            | Request::Reload {}
+            | Request::Load { .. } => None,
             Request::ServerAdd { name, keys } => Some(Edit::Add { name: name.clone(), keys: keys.clone() }),
             Request::ServerSet { name, keys } => Some(Edit::Set { name: name.clone(), keys: keys.clone() }),
             Request::ServerRemove { name } => Some(Edit::Remove { name: name.clone() }),
@@ -161,6 +172,10 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             Request::Counters { prometheus: false } => reply.done(self.snapshot()),
             Request::Config {} => {
                 reply.done(json!({ "toml": self.config.text(), "file": self.path.display().to_string() }));
+            }
+            Request::Load { name, load } => {
+                let told = self.set_load(&name, load).map_err(|error| error.to_string());
+                reply.end(told.map(|()| json!({ "changed": true })));
             }
             Request::Reload {} => reply.end(self.reload().await.map(|()| json!({ "changed": true }))),
             _ => reply.done(show::show(&self.config, &self.monitor, &self.snapshot())),
