@@ -498,7 +498,10 @@ fn b7_a_server_whose_program_stops_gets_no_new_connections_until_it_is_back() {
     wait_for("the rise", &net, || healthy(&net, "s1") == "healthy");
     finish_all(&net, running, "while the other was unhealthy");
     // Its agent looks every second who listens; until then it does not redirect (S6).
-    thread::sleep(service::AGENT_LOOKS);
+    wait_for("the agent's look", &net, || {
+        let agent = ctl(&net.servers[0].host, &["show", "--json"]).json();
+        agent["services"][0]["silent"].as_array().is_some_and(Vec::is_empty)
+    });
     assert!(spread(&net, 40).contains_key("s1"));
     net.stop_shim();
     let plain = net.connections(Family::V4, 60, 4);

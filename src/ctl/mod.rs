@@ -128,7 +128,7 @@ enum ServerCommand {
     Add {
         /// Its name.
         name: String,
-        /// Keys as in the file's [[server]].
+        /// Keys as in the file's table of a server.
         #[arg(value_name = "KEY=VALUE", value_parser = assignment)]
         keys: Vec<(String, Value)>,
     },
@@ -136,7 +136,7 @@ enum ServerCommand {
     Set {
         /// The server.
         name: String,
-        /// Keys as in the file's [[server]].
+        /// Keys as in the file's table of a server.
         #[arg(value_name = "KEY=VALUE", value_parser = assignment, required = true)]
         keys: Vec<(String, Value)>,
     },

@@ -1,6 +1,6 @@
 //! Which servers are healthy (`B7`): each service port of each server is looked at from this host's own TCP.
 //!
-//! [`state`] decides from successes and failures in a row, [`probe`] is one look, [`Monitor`] runs them and tells what
+//! `state` decides from successes and failures in a row, `probe` is one look, `Monitor` runs them and tells what
 //! has changed. What follows from that is the table's business: an unhealthy server gets no new selections on that
 //! redirect port, its service ports keep working.
 
