@@ -467,11 +467,17 @@ struct Part {
 
 /// Serves one part: reads all, says where it is all the time, and asks for the next port after 100 ms.
 async fn serve_part(stream: TcpStream, port: u16, part: Arc<Mutex<Part>>) {
-    let next = PORTS[(PORTS.iter().position(|own| *own == port).unwrap() + 1) % PORTS.len()];
+    let own = PORTS.iter().position(|own| *own == port).unwrap();
     let control = stream.control();
     let redirecting = tokio::spawn(async move {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        let _ = control.redirect(next).await;
+        // Under such loss no place to cut may come for 30 s, or the next server not be reached: another one, then.
+        for next in (1..PORTS.len()).cycle() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let outcome = control.redirect(PORTS[(own + next) % PORTS.len()]).await;
+            if !matches!(outcome, Ok(RedirectOutcome::GivenUp)) {
+                break;
+            }
+        }
     });
     let (mut reader, mut writer) = tokio::io::split(stream);
     let ended = Arc::new(AtomicUsize::new(0));
@@ -505,11 +511,12 @@ async fn serve_part(stream: TcpStream, port: u16, part: Arc<Mutex<Part>>) {
 
 /// How many seeds the thousand redirects are tried with; more with `SHUNT_TEST_FULL`.
 fn seeds() -> std::ops::RangeInclusive<u64> {
-    if std::env::var_os("SHUNT_TEST_FULL").is_some() { 1..=50 } else { 1..=1 }
+    if std::env::var_os("SHUNT_TEST_FULL").is_some() { 1..=20 } else { 1..=1 }
 }
 
 /// A transfer both ways that is redirected each 100 ms among four servers, `moves` times.
 async fn chain(family: Family, move_at: MoveAt, moves: u64, seed: u64) {
+    let start = tokio::time::Instant::now();
     let (left, right) = MemoryDevice::pair(MTU, 65_536);
     let impairment = [50, 30, 50];
     let options = following(family, move_at);
@@ -531,12 +538,17 @@ async fn chain(family: Family, move_at: MoveAt, moves: u64, seed: u64) {
     let control = stream.control();
     let (mut reader, mut writer) = tokio::io::split(stream);
     let (mut wrote, mut read) = (Vec::new(), Vec::new());
-    let counting = client.clone();
+    let state = || {
+        let (client, server) = ((client.counters(), client.client_counters()), server.server_counters());
+        format!("{family:?} seed {seed}: {client:?} {server:?}")
+    };
     let writing = async {
         for number in 0u64.. {
-            if counting.counters().moves >= moves {
+            if client.counters().moves >= moves {
                 break;
             }
+            // Else all that is written meanwhile would be kept.
+            assert!(start.elapsed() < Duration::from_secs(10_000), "no more moves: {}", state());
             let request = number.to_be_bytes().repeat(1 + (number % 97) as usize);
             writer.write_all(&request).await.unwrap();
             control.mark_boundary();
@@ -548,8 +560,7 @@ async fn chain(family: Family, move_at: MoveAt, moves: u64, seed: u64) {
     let reading = async { reader.read_to_end(&mut read).await.unwrap() };
     let done = tokio::time::timeout(Duration::from_secs(100_000), async { tokio::join!(writing, reading) });
     let done = done.await;
-    let state = || format!("{family:?} seed {seed}: {:?} {:?}", client.counters(), client.client_counters());
-    assert!(done.is_ok(), "{} {:?}", state(), server.server_counters());
+    assert!(done.is_ok(), "{}", state());
     let parts = parts.lock().unwrap();
     let joined = |of: fn(&Part) -> &Vec<u8>| {
         parts.iter().flat_map(|part| of(&part.lock().unwrap()).clone()).collect::<Vec<u8>>()
