@@ -297,7 +297,8 @@ mod tests {
 
     #[test]
     fn o23_the_administrators_ports_come_before_the_rule_to_the_vip_and_stay_out_of_notrack() {
-        let text = "role = \"balancer\"\nvips = [\"203.0.113.10\", \"2001:db8::10\"]\nadmin_ports = [22, 23, 2222]\n";
+        let text = "role = \"balancer\"\nvips = [\"203.0.113.10\", \"2001:db8::10\"]\nadmin_ports = [22, 23, 2222]\n\
+                    [[service]]\nname = \"web\"\nredirect_port = 443\n";
         let config = Config::parse(&shunt_host::Source::new("test.toml", text)).unwrap();
         let devices = Devices { main: "shunt-lb0".to_owned(), mtu: 1500, servers: Vec::new() };
         let wanted = changes(&config, &devices, true);

@@ -19,7 +19,7 @@ fn pair(lab: &Lab, impairment: Impairment) -> (Host, Host, ImpairedLink) {
 /// Sends numbered datagrams, at a pace no queue overflows at, and returns those that arrived, in order.
 fn count_to(a: &Host, b: &Host, address: &str, count: u32) -> Vec<u32> {
     let there = b.enter(|| UdpSocket::bind(address)).unwrap().unwrap();
-    there.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    there.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
     std::thread::scope(|scope| {
         let arrived = scope.spawn(|| {
             let mut numbers = Vec::new();

@@ -97,6 +97,8 @@ impl Scripted {
         std::thread::spawn(move || {
             inside.enter(|| {
                 let tun = tun_rs::DeviceBuilder::new().name("vip0").build_sync().expect("a TUN device");
+                // What is dropped is lost: this server repeats nothing, and may be kept from reading for a while.
+                tun.set_tx_queue_len(10_000).expect("a TUN device takes a queue's length");
                 ready.send(()).unwrap();
                 let mut buffer = vec![0; 65_536];
                 while let Ok(n) = tun.recv(&mut buffer) {

@@ -9,6 +9,7 @@ mod client;
 mod numbers;
 pub(crate) mod reply;
 mod server;
+mod token;
 
 pub use client::{
     Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, OnRedirect, PathId,
@@ -21,6 +22,8 @@ pub use server::{
     DeclineReason, RedirectError, RedirectOutcome, Server, ServerConfig, ServerCounters, ServerEvent,
     ServicePorts, Silence,
 };
+
+pub use token::{KeysError, MAX_KEYS, Purpose, SLOT_SECONDS, TokenError, TokenKeys};
 
 use crate::wire::Packet;
 
