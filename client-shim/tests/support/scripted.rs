@@ -37,6 +37,9 @@ struct Connection {
     ts_recent: Option<u32>,
     /// Segments that came early: sequence number, payload, FIN.
     early: Vec<(SeqNumber, Vec<u8>, bool)>,
+    /// What the client's window has had no room for, and whether FIN follows it.
+    waiting: Vec<u8>,
+    fin_waits: bool,
 }
 
 impl Connection {
@@ -54,6 +57,32 @@ impl Connection {
         };
         self.snd_nxt = self.snd_nxt + payload.len() as u32 + u32::from(fin);
         segment.emit()
+    }
+}
+
+impl Connection {
+    fn new(iss: SeqNumber, rcv_nxt: SeqNumber, ts_recent: Option<u32>) -> Connection {
+        let (early, waiting) = (Vec::new(), Vec::new());
+        let snd_nxt = iss + 1;
+        Connection { iss, snd_nxt, rcv_nxt, finished: false, ts_recent, early, waiting, fin_waits: false }
+    }
+
+    /// What the client's window has room for: what exceeds it would be dropped, and nothing is repeated.
+    fn flush(&mut self, local: SocketAddr, client: SocketAddr, ack: SeqNumber, window: u16) -> Vec<Packet> {
+        let mut room = usize::from(window).saturating_sub(self.snd_nxt.0.wrapping_sub(ack.0) as usize);
+        let mut packets = Vec::new();
+        while !self.waiting.is_empty() || self.fin_waits {
+            let length = room.min(self.waiting.len()).min(1400);
+            if length == 0 && !self.waiting.is_empty() {
+                break;
+            }
+            room -= length;
+            let payload: Vec<u8> = self.waiting.drain(..length).collect();
+            let fin = self.fin_waits && self.waiting.is_empty();
+            self.fin_waits &= !fin;
+            packets.push(self.emit(local, client, &payload, fin));
+        }
+        packets
     }
 }
 
@@ -191,9 +220,7 @@ impl Server {
         rcv_nxt: SeqNumber,
         ts: Option<u32>,
     ) {
-        let connection =
-            Connection { iss, snd_nxt: iss + 1, rcv_nxt, finished: false, ts_recent: ts, early: Vec::new() };
-        self.connections.insert((client, local), connection);
+        self.connections.insert((client, local), Connection::new(iss, rcv_nxt, ts));
     }
 
     fn on_segment(&mut self, packet: &Packet, client: SocketAddr, local: SocketAddr) -> Vec<Packet> {
@@ -205,9 +232,9 @@ impl Server {
         };
         if tcp.sequence_len() == 0 {
             if local.port() == Y {
-                self.see("ack-y");
+                self.seen.lock().unwrap().push("ack-y".to_owned());
             }
-            return Vec::new();
+            return connection.flush(local, client, tcp.ack(), tcp.window());
         }
         if tcp.seq().before(connection.rcv_nxt) {
             return vec![connection.emit(local, client, &[], false)];
@@ -220,16 +247,18 @@ impl Server {
             connection.ts_recent = Some(value);
         }
         connection.early.push((tcp.seq(), tcp.payload().to_vec(), tcp.flags().contains(TcpFlags::FIN)));
-        let mut answers = Vec::new();
         while let Some(at) = connection.early.iter().position(|(seq, ..)| *seq == connection.rcv_nxt) {
             let (_, payload, fin) = connection.early.swap_remove(at);
             connection.rcv_nxt = connection.rcv_nxt + payload.len() as u32 + u32::from(fin);
             let closing = fin && !connection.finished;
             connection.finished |= closing;
-            let payload = if self.echo { payload.as_slice() } else { &[] };
-            answers.push(connection.emit(local, client, payload, closing));
+            connection.fin_waits |= closing;
+            if self.echo {
+                connection.waiting.extend(payload);
+            }
         }
         connection.early.retain(|(seq, ..)| connection.rcv_nxt.before(*seq));
+        let mut answers = connection.flush(local, client, tcp.ack(), tcp.window());
         if answers.is_empty() {
             answers.push(connection.emit(local, client, &[], false));
         }
