@@ -3,7 +3,7 @@
 //! What the keys mean is the roles' business; this only reads them and points at what is wrong.
 
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -157,6 +157,26 @@ impl Source {
     /// An error at `span` (byte offsets, as in [`toml::Spanned`]) of the text.
     pub fn error_at(&self, span: Range<usize>, message: impl Into<String>) -> ConfigError {
         ConfigError { path: self.path.clone(), location: Some(self.locate(span)), message: message.into() }
+    }
+
+    /// A number as written, or its default.
+    ///
+    /// # Errors
+    /// It is not in `range`; with its line.
+    pub fn within(
+        &self,
+        written: Option<&Spanned<u64>>,
+        default: u64,
+        range: RangeInclusive<u64>,
+    ) -> Result<u64, ConfigError> {
+        match written {
+            None => Ok(default),
+            Some(value) if range.contains(value.get_ref()) => Ok(*value.get_ref()),
+            Some(value) => {
+                let message = format!("this must be between {} and {}", range.start(), range.end());
+                Err(self.error_at(value.span(), message))
+            }
+        }
     }
 
     /// An error of the file as a whole.

@@ -96,10 +96,10 @@ impl CheckTable {
             return Err(source.error_at(span, message));
         }
         let millis = |own: &Option<Spanned<u64>>, all: &Option<Spanned<u64>>, default| {
-            within(source, own.as_ref().or(all.as_ref()), default, 10..=3_600_000).map(Duration::from_millis)
+            source.within(own.as_ref().or(all.as_ref()), default, 10..=3_600_000).map(Duration::from_millis)
         };
         let count = |own: &Option<Spanned<u64>>, all: &Option<Spanned<u64>>, default| {
-            within(source, own.as_ref().or(all.as_ref()), default, 1..=100).map(|count| count as u32)
+            source.within(own.as_ref().or(all.as_ref()), default, 1..=100).map(|count| count as u32)
         };
         let host = service.host.as_ref().or(all.host.as_ref());
         Ok(Some(Check {
@@ -128,22 +128,6 @@ impl CheckTable {
                 let message = format!("write up to {MAX_PORTS} ports from 1024 on, as \"61000-61015\"");
                 Err(source.error_at(written.span(), message))
             }
-        }
-    }
-}
-
-fn within(
-    source: &Source,
-    written: Option<&Spanned<u64>>,
-    default: u64,
-    range: std::ops::RangeInclusive<u64>,
-) -> Result<u64, ConfigError> {
-    match written {
-        None => Ok(default),
-        Some(value) if range.contains(value.get_ref()) => Ok(*value.get_ref()),
-        Some(value) => {
-            let message = format!("this must be between {} and {}", range.start(), range.end());
-            Err(source.error_at(value.span(), message))
         }
     }
 }

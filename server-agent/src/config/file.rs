@@ -103,16 +103,15 @@ pub(super) fn read(source: &Source) -> Result<Config, ConfigError> {
 impl File {
     fn check(self, source: &Source) -> Result<Config, ConfigError> {
         let defaults = ServerConfig::default();
-        let hops = within(source, self.limits.hops.as_ref(), u64::from(defaults.max_hops), 1..=7)?;
-        let half_open = within(
-            source,
+        let hops = source.within(self.limits.hops.as_ref(), u64::from(defaults.max_hops), 1..=7)?;
+        let half_open = source.within(
             self.limits.half_open.as_ref(),
             defaults.half_open_limit as u64,
             1..=MAX_HALF_OPEN,
         )?;
         let lifetime = defaults.half_open_lifetime.as_secs();
-        let lifetime = within(source, self.timers.half_open_s.as_ref(), lifetime, 1..=3600)?;
-        let listeners = within(source, self.timers.listeners_s.as_ref(), 1, 1..=3600)?;
+        let lifetime = source.within(self.timers.half_open_s.as_ref(), lifetime, 1..=3600)?;
+        let listeners = source.within(self.timers.listeners_s.as_ref(), 1, 1..=3600)?;
         Ok(Config {
             interface: interface(source, &self.interface)?,
             addresses: addresses(source, &self.addresses)?,
@@ -128,22 +127,6 @@ impl File {
             host: self.host.resolve(Role::Server, source)?,
             path: source.path.clone(),
         })
-    }
-}
-
-fn within(
-    source: &Source,
-    written: Option<&Spanned<u64>>,
-    default: u64,
-    range: std::ops::RangeInclusive<u64>,
-) -> Result<u64, ConfigError> {
-    match written {
-        None => Ok(default),
-        Some(value) if range.contains(value.get_ref()) => Ok(*value.get_ref()),
-        Some(value) => {
-            let message = format!("this must be between {} and {}", range.start(), range.end());
-            Err(source.error_at(value.span(), message))
-        }
     }
 }
 
