@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::{ctl, demo};
+use crate::{ctl, demo, doctor};
 
 /// A stateless TCP load balancer by port redirection.
 ///
@@ -37,6 +37,9 @@ pub(crate) enum Command {
     Ctl(ctl::CtlArgs),
     /// Check configuration files of any role; say what is wrong and in which line.
     Check(CheckArgs),
+    /// Look for what on this host stands in the way: settings, firewall rules, marks, routes, listeners; say how to mend it.
+    #[command(after_help = doctor::HELP)]
+    Doctor(doctor::DoctorArgs),
     /// Show it at work: clients, a balancer and four servers in namespaces of this machine, real packets, real TCP.
     Demo(demo::DemoOptions),
     /// The demo's web server.

@@ -5,6 +5,7 @@ mod cli;
 mod ctl;
 mod daemon;
 mod demo;
+mod doctor;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         Command::Client(arguments) => daemon::client(arguments),
         Command::Server(arguments) => daemon::server(arguments),
         Command::Check(arguments) => return check::run(&arguments),
+        Command::Doctor(arguments) => return doctor::run(&arguments),
         Command::Ctl(arguments) => return ctl::run(&arguments),
         Command::Demo(options) => demo::run(&options),
         Command::DemoServer(arguments) => demo::serve(arguments),

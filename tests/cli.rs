@@ -240,11 +240,12 @@ fn without_privileges_a_daemon_says_what_is_missing() {
 #[test]
 fn help_lists_the_flags_of_each_subcommand() {
     let common = ["--verbose", "--help", "--version"];
-    let expected: [(&str, &[&str]); 5] = [
+    let expected: [(&str, &[&str]); 6] = [
         ("balancer", &["--config", "--capture"]),
         ("client", &["--config", "--capture", "--forward", "--socks5"]),
         ("server", &["--config", "--capture"]),
         ("check", &["<FILE>"]),
+        ("doctor", &["[FILE]", "--json", "--all"]),
         ("demo", &["--json", "--connections"]),
     ];
     let overview = shunt(&["--help"]);

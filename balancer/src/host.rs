@@ -25,7 +25,7 @@ use shunt_host::{
 use crate::config::{Config, ForwardMode, WayBack};
 
 /// MTU of a device that shall not be what limits packets.
-const LARGEST_MTU: u32 = 65_535;
+pub(crate) const LARGEST_MTU: u32 = 65_535;
 /// The smallest MTU that IPv6 works with (RFC 8200 §5).
 const SMALLEST_MTU: u32 = 1280;
 /// Metric of the blackhole behind a VIP's route.

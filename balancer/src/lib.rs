@@ -15,6 +15,7 @@ pub mod config;
 mod connections;
 pub mod control;
 mod datagram;
+pub mod doctor;
 pub mod driver;
 pub mod forward;
 pub mod fragments;

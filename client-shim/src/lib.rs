@@ -5,6 +5,7 @@
 //! SOCKS5 and port forwards, and connects on the userspace stack. Nothing of the protocol is decided here.
 
 pub mod config;
+pub mod doctor;
 
 mod control;
 mod device;

@@ -107,7 +107,7 @@ fn gone(result: nlink::Result<()>, action: impl std::fmt::Display) -> Result<(),
     }
 }
 
-async fn rules(netlink: &Netlink) -> Result<Vec<RuleMessage>, HostError> {
+pub(crate) async fn rules(netlink: &Netlink) -> Result<Vec<RuleMessage>, HostError> {
     netlink.get_rules().await.map_err(|error| HostError::netlink("list the policy rules", error))
 }
 
@@ -121,8 +121,13 @@ fn family_of(rule: &RuleMessage) -> Option<Family> {
     }
 }
 
+/// Whether a rule's origin is one of ours.
+pub(crate) fn is_own_origin(protocol: Option<u8>) -> bool {
+    protocol.is_some_and(|protocol| ROLE_PROTOCOLS.contains(&protocol) || protocol == LOCAL_PROTOCOL)
+}
+
 /// `lookup local` without any selector.
-fn is_plain_local(rule: &RuleMessage) -> bool {
+pub(crate) fn is_plain_local(rule: &RuleMessage) -> bool {
     rule.is_lookup()
         && !rule.is_invert()
         && rule.table_id() == LOCAL

@@ -5,6 +5,7 @@
 //!   ([`divert`]) packet marks. A [`Host`] applies them through netlink and `/proc/sys` and undoes them in reverse
 //!   order, also those that a killed predecessor left behind.
 //! - [`query`] asks the kernel: next hops, addresses, MTU, TCP sockets.
+//! - [`doctor`] looks for what stands in the way on a host.
 //! - [`control`] is how a running daemon is asked and told: JSON lines over a Unix socket.
 //!
 //! ```no_run
@@ -34,12 +35,13 @@
 //! ```
 //!
 //! Everything acts on the network namespace of the calling thread. Nothing here decides what a role needs, and no
-//! program (`ip`, `nft`, `sysctl`) is run.
+//! program (`ip`, `nft`, `sysctl`) is run, but `nft` by [`doctor`] to read other people's rules.
 
 pub mod change;
 pub mod config;
 pub mod control;
 pub mod divert;
+pub mod doctor;
 mod error;
 mod host;
 mod kernel;

@@ -9,6 +9,7 @@
 mod agent;
 mod config;
 mod control;
+pub mod doctor;
 mod error;
 mod listeners;
 mod setup;

@@ -1,0 +1,31 @@
+//! What a client needs of its host, for [`shunt_host::doctor`].
+
+use shunt_host::doctor::Needs;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::paths::Paths;
+use crate::setup::{self, Facts};
+
+/// What running this configuration asks of the host. The kernel is asked, nothing is changed.
+///
+/// # Errors
+/// The kernel does not answer, or a shared address goes by another interface than the configured one.
+pub async fn needs(config: &Config) -> Result<Needs, Error> {
+    let paths = match Paths::look_up(config.vips(), config.interface.as_deref()).await {
+        Ok(paths) => paths,
+        // Told among the findings.
+        Err(Error::OwnVip(_)) => Paths::default(),
+        Err(error) => return Err(error),
+    };
+    let facts = Facts::gather(&paths).await;
+    Ok(Needs {
+        options: config.host.clone(),
+        changes: setup::changes(config, &paths, &facts),
+        interfaces: config.interface.iter().cloned().collect(),
+        reach: config.vips().collect(),
+        own: Vec::new(),
+        listening: Vec::new(),
+        ports: Vec::new(),
+    })
+}
