@@ -173,7 +173,7 @@ struct Active<D> {
     balancer: Arc<Balancer>,
     /// Statistics only: no decision knows of them.
     connections: Option<Connections>,
-    /// In `direct` mode one a server, else none.
+    /// In `direct` and `datalink` mode one a server, else none.
     outputs: Vec<Arc<D>>,
 }
 
@@ -517,9 +517,9 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     }
 }
 
-/// In `direct` mode a device for each server: its old one if the server was there before, else a free one.
+/// In `direct` and `datalink` mode a device for each server: its old one if the server was there before, else a free one.
 fn server_devices(config: &Config, before: Option<(&Config, &Devices)>, main: &str) -> Vec<ServerDevice> {
-    if config.forward != ForwardMode::Direct {
+    if !config.forward.uses_devices() {
         return Vec::new();
     }
     let old = |name: &str| {

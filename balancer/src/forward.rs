@@ -1,4 +1,4 @@
-//! Carrying out what was decided: addresses in `network` mode, the way out in `direct` mode.
+//! Carrying out what was decided: addresses in `network` mode, the way out in `direct` and `datalink` mode.
 //!
 //! Checksums follow incrementally: right ones stay right, wrong ones wrong.
 
@@ -7,7 +7,6 @@ use std::net::SocketAddr;
 use shunt_stack::wire::Packet;
 
 use crate::Balancer;
-use crate::config::ForwardMode;
 use crate::icmp::echo_reply;
 use crate::route::{DropReason, Route};
 use crate::table::ServerId;
@@ -17,18 +16,19 @@ use crate::table::ServerId;
 pub enum Output {
     /// Back into the device it came from: the host routes it on.
     Main,
-    /// Out of a server's own device (`direct` mode).
+    /// Out of a server's own device (`direct` and `datalink` mode).
     Server(ServerId),
 }
 
 impl Balancer {
-    /// Rewrites a packet as its route asks, and says where it leaves. Nothing is rewritten in `direct` mode.
+    /// Rewrites a packet as its route asks, and says where it leaves. Nothing is rewritten in
+    /// `direct` mode, and in `datalink` mode the kernel puts the MAC of the server's address on it.
     ///
     /// # Errors
     /// [`DropReason::Family`]; the packet is unchanged.
     pub fn forward(&self, route: Route, packet: &mut Packet) -> Result<Output, DropReason> {
         match route {
-            Route::ToServer { server, .. } if self.table.forward == ForwardMode::Direct => {
+            Route::ToServer { server, .. } if self.table.forward.uses_devices() => {
                 return Ok(Output::Server(server));
             }
             Route::ToServer { server, decision } => {

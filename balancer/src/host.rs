@@ -4,7 +4,7 @@
 //!
 //! | rule | lookup | why |
 //! |---|---|---|
-//! | `iif` a server's device | that server's table: VIPs by its next hop | `direct` mode |
+//! | `iif` a server's device | that server's table: VIPs by its next hop | `direct`, `datalink` mode |
 //! | `iif` any device of ours | local, main, then a blackhole | what we write never comes back |
 //! | `to` VIP, the administrator's ports; `from` there, by this host | this host itself | `admin_ports` |
 //! | `to` VIP | our device; behind it a blackhole for when it is gone | towards servers |
@@ -50,7 +50,7 @@ pub(crate) struct Devices {
     pub(crate) main: String,
     /// Its MTU.
     pub(crate) mtu: u32,
-    /// In `direct` mode one a server, in the order of the configuration; its slot numbers its route table.
+    /// In `direct` and `datalink` mode one a server, in the order of the configuration; its slot numbers its route table.
     pub(crate) servers: Vec<ServerDevice>,
 }
 
@@ -269,7 +269,7 @@ impl Devices {
 /// In `network` mode the smallest on the ways to the servers: a client's segment that is too big is then refused
 /// before its destination is rewritten, with an error that the client understands.
 pub(crate) async fn main_mtu(config: &Config) -> Result<u32, HostError> {
-    if config.forward == ForwardMode::Direct {
+    if config.forward.uses_devices() {
         return Ok(LARGEST_MTU);
     }
     let mut smallest = LARGEST_MTU;

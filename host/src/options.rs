@@ -6,8 +6,10 @@ use toml::Spanned;
 use crate::config::{ConfigError, Role, Source};
 use crate::kernel::LOCAL_PREFERENCE;
 
-/// Route tables a daemon may use, from [`HostOptions::table`] on.
+/// Route tables a client or a server may use, from [`HostOptions::table`] on.
 pub const TABLES: u32 = 256;
+/// The same of a balancer, which may need one a server.
+pub const BALANCER_TABLES: u32 = 1024;
 /// Rule preferences a daemon may use, from [`HostOptions::preference`] on.
 pub const PREFERENCES: u32 = 20;
 /// The experiment identifier (`ExID`) of the redirect option (RFC 6994, PROTOCOL.md) unless configured.
@@ -37,7 +39,7 @@ pub struct HostOptions {
     pub mark: u32,
     /// The bits of a packet's mark that are ours; the others are left alone.
     pub mark_mask: u32,
-    /// The first of [`TABLES`] route tables.
+    /// The first of the route tables ([`HostOptions::tables`]).
     pub table: u32,
     /// The first of [`PREFERENCES`] rule preferences, all before `lookup local` (moved to 100).
     pub preference: u32,
@@ -66,7 +68,7 @@ impl HostOptions {
 
     /// The route tables that are ours.
     pub fn tables(&self) -> std::ops::Range<u32> {
-        self.table..self.table.saturating_add(TABLES)
+        self.table..self.table.saturating_add(tables_of(self.role))
     }
 
     /// The rule preferences that are ours.
@@ -97,13 +99,14 @@ impl HostSettings {
             options.table = *table.get_ref();
             let reserved = 253..=255;
             if options.table == 0
-                || options.table > u32::MAX - TABLES
+                || options.table > u32::MAX - tables_of(role)
                 || reserved.into_iter().any(|number| options.tables().contains(&number))
             {
                 return Err(source.error_at(
                     table.span(),
                     format!(
-                        "the {TABLES} route tables from here on must not include 0, 253 to 255 (the system's)"
+                        "the {} route tables from here on must not include 0, 253 to 255 (the system's)",
+                        tables_of(role)
                     ),
                 ));
             }
@@ -146,6 +149,13 @@ impl HostSettings {
             ));
         }
         Ok(())
+    }
+}
+
+const fn tables_of(role: Role) -> u32 {
+    match role {
+        Role::Balancer => BALANCER_TABLES,
+        Role::Client | Role::Server => TABLES,
     }
 }
 

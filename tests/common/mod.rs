@@ -86,6 +86,8 @@ pub struct Options {
     pub core_mtu: u32,
     /// A small MTU far from both ends.
     pub narrow: Option<Narrow>,
+    /// The servers' links are ones whose frames can be looked at ([`Server::link`]).
+    pub taps: bool,
     /// Started at once: balancer and agents.
     pub start: bool,
 }
@@ -99,6 +101,7 @@ impl Default for Options {
             access: None,
             core_mtu: 1500,
             narrow: None,
+            taps: false,
             start: true,
         }
     }
@@ -108,6 +111,8 @@ impl Default for Options {
 pub struct Server {
     pub number: u16,
     pub host: Host,
+    /// Forward is towards the server.
+    pub link: Option<ImpairedLink>,
     pub agent: Option<Child>,
     pub programs: Vec<Child>,
 }
@@ -130,6 +135,8 @@ pub struct Net {
     pub client: Host,
     pub middle: Host,
     pub balancer: Host,
+    /// What servers, balancer and their way back to clients are plugged into, with `forward = "datalink"`.
+    pub switch: Option<Host>,
     /// The routers at both ends of the narrow link, seen from the client.
     pub narrow: Vec<Host>,
     pub access: Option<ImpairedLink>,
@@ -169,6 +176,7 @@ impl Net {
             client,
             middle,
             balancer,
+            switch: None,
             narrow: Vec::new(),
             access,
             options,
@@ -180,6 +188,9 @@ impl Net {
             Some(Narrow::Client) => net.narrow_client(near),
             Some(Narrow::Servers) => net.narrow_servers(),
             None => {}
+        }
+        if net.options.forward == "datalink" {
+            net.plug_switch();
         }
         for number in 1..=net.options.servers {
             net.add_server(number);
@@ -257,11 +268,26 @@ impl Net {
         route_both(&self.narrow[1], "10.4.0.1", "fd00:4::1");
     }
 
+    /// A switch with the balancer, 10.3.0.1, and the router towards clients, 10.3.0.254, on it.
+    fn plug_switch(&mut self) {
+        let switch = self.lab.host("switch").expect("a namespace");
+        for (host, device, last, last6) in
+            [(&self.balancer, "eth1", 1, "1"), (&self.middle, "eth2", 254, "fe")]
+        {
+            let port = format!("to-{}", host.name());
+            self.lab.link(&switch, &port, host, device, LinkOptions::default()).expect("a link");
+            switch.bridge("br0", &[&port]).expect("a bridge port");
+            host.address(device, &format!("10.3.0.{last}/24")).expect("an address");
+            host.address(device, &format!("fd00:3::{last6}/64")).expect("an address");
+        }
+        self.switch = Some(switch);
+    }
+
     /// The host that the servers are linked to.
     fn servers_router(&self) -> &Host {
         match self.options.narrow {
             Some(Narrow::Servers) => &self.narrow[1],
-            _ => &self.balancer,
+            _ => self.switch.as_ref().unwrap_or(&self.balancer),
         }
     }
 
@@ -269,13 +295,19 @@ impl Net {
         let host = self.lab.host(&format!("s{number}")).expect("a namespace");
         let port = format!("back{number}");
         let router = self.servers_router();
-        self.lab.link(router, &port, &host, "eth0", LinkOptions::default()).expect("a link");
+        let link = self.options.taps.then(|| {
+            let clean = Impairment::default();
+            self.lab.impaired_link(router, &port, &host, "eth0", clean).expect("an impaired link")
+        });
+        if link.is_none() {
+            self.lab.link(router, &port, &host, "eth0", LinkOptions::default()).expect("a link");
+        }
         router.bridge("br0", &[&port]).expect("a bridge port");
-        if number == 1 {
+        if number == 1 && self.switch.is_none() {
             router.address("br0", "10.3.0.1/24").expect("an address");
             router.address("br0", "fd00:3::1/64").expect("an address");
         }
-        let server = Server { number, host, agent: None, programs: Vec::new() };
+        let server = Server { number, host, link, agent: None, programs: Vec::new() };
         let [v4, v6] = server.addresses();
         server.host.address("eth0", &format!("{v4}/24")).expect("an address");
         server.host.address("eth0", &format!("{v6}/64")).expect("an address");
@@ -283,13 +315,15 @@ impl Net {
             server.host.address("lo", &format!("{VIP4}/32")).expect("an address");
             server.host.address("lo", &format!("{VIP6}/128")).expect("an address");
         }
-        route_both(&server.host, "10.3.0.1", "fd00:3::1");
+        let (v4, v6) =
+            if self.switch.is_some() { ("10.3.0.254", "fd00:3::fe") } else { ("10.3.0.1", "fd00:3::1") };
+        route_both(&server.host, v4, v6);
         self.servers.push(server);
     }
 
     /// Whether the servers own the shared addresses themselves.
     fn direct(&self) -> bool {
-        self.options.forward == "direct"
+        self.options.forward != "network"
     }
 
     pub fn file(&self, name: &str) -> PathBuf {
@@ -308,6 +342,9 @@ impl Net {
         let mut text = format!(
             "role = \"balancer\"\nvips = [\"{VIP4}\", \"{VIP6}\"]\nlegacy = \"hash\"\nforward = \"{forward}\"\n"
         );
+        if *forward == "datalink" {
+            text.push_str("link = \"eth1\"\n");
+        }
         for (name, port) in [("web", WEB), ("iperf", IPERF), ("other", OTHER)] {
             let _ = write!(
                 text,
@@ -317,7 +354,7 @@ impl Net {
         for server in &self.servers {
             let Some(state) = state(server.number) else { continue };
             let ([v4, v6], n) = (server.addresses(), server.number);
-            let reached = if self.direct() { "device = \"br0\"\ngateway" } else { "address" };
+            let reached = if *forward == "direct" { "device = \"br0\"\ngateway" } else { "address" };
             let _ = write!(
                 text,
                 "\n[[server]]\nname = \"{}\"\n{reached} = [\"{v4}\", \"{v6}\"]\nstate = \"{state}\"\n\

@@ -23,10 +23,11 @@ pub(super) fn check(source: &Source) -> Result<Config> {
     shunt_host::expect_role(source, Role::Balancer)?;
     let file: File = source.parse()?;
     let checker = Checker { source, forward: file.forward, health: &file.health };
+    let link = checker.link(file.link.as_ref())?;
     let vips = checker.vips(&file.vips)?;
     let classes = checker.classes(&file.class)?;
     let services = checker.services(&file.service, &vips, &classes)?;
-    let servers = checker.servers(&file.server, &services, &vips, &classes)?;
+    let servers = checker.servers(&file.server, link, &services, &vips, &classes)?;
     checker.service_ports_are_unique(&file, &services, &servers)?;
     let admin_ports = checker.admin_ports(&file.admin_ports, &services, &servers)?;
     let default_server = checker.named_server(file.default_server.as_ref(), &servers)?;
@@ -75,7 +76,7 @@ pub(super) fn check(source: &Source) -> Result<Config> {
 
 pub(super) struct Checker<'a> {
     source: &'a Source,
-    forward: ForwardMode,
+    pub(super) forward: ForwardMode,
     health: &'a CheckTable,
 }
 
@@ -236,11 +237,12 @@ impl Checker<'_> {
     fn servers(
         &self,
         tables: &[ServerTable],
+        link: Option<&str>,
         services: &[Service],
         vips: &[IpAddr],
         classes: &[Class],
     ) -> Result<Vec<Server>> {
-        let most = if self.forward == ForwardMode::Direct { MAX_DIRECT_SERVERS } else { MAX_SERVERS };
+        let most = if self.forward.uses_devices() { MAX_DIRECT_SERVERS } else { MAX_SERVERS };
         let (mut servers, mut names) = (Vec::with_capacity(tables.len()), HashSet::new());
         for table in tables {
             let name = self.name(&table.name, &mut names, "server")?;
@@ -259,7 +261,7 @@ impl Checker<'_> {
                 classes: self.classes_of(&table.classes, classes)?,
                 agent: self.agent(table)?,
             };
-            self.connection(table, &mut server, vips)?;
+            self.connection(table, link, &mut server, vips)?;
             servers.push(server);
         }
         Ok(servers)
@@ -285,7 +287,11 @@ impl Checker<'_> {
         Ok(Some(address))
     }
 
-    fn addresses(&self, written: Option<&Spanned<Addresses>>, vips: &[IpAddr]) -> Result<Vec<IpAddr>> {
+    pub(super) fn addresses(
+        &self,
+        written: Option<&Spanned<Addresses>>,
+        vips: &[IpAddr],
+    ) -> Result<Vec<IpAddr>> {
         let Some(written) = written else { return Ok(Vec::new()) };
         let list = &written.get_ref().0;
         if list.is_empty() {
@@ -317,46 +323,6 @@ impl Checker<'_> {
             ports.push((service, *port.get_ref()));
         }
         Ok(ports)
-    }
-
-    /// Address, device and gateway, as the mode needs them.
-    fn connection(&self, table: &ServerTable, server: &mut Server, vips: &[IpAddr]) -> Result<()> {
-        match self.forward {
-            ForwardMode::Network => {
-                if server.addresses.is_empty() {
-                    return self
-                        .fail(table.name.span(), format!("the server {:?} has no `address`", server.name));
-                }
-                let span = table.device.as_ref().map(Spanned::span);
-                match span.or(table.gateway.as_ref().map(Spanned::span)) {
-                    Some(span) => {
-                        self.fail(span, "only `forward = \"direct\"` uses it; the host's routes decide")
-                    }
-                    None => Ok(()),
-                }
-            }
-            ForwardMode::Direct => {
-                let Some(device) = &table.device else {
-                    let message = format!(
-                        "the server {:?} has no `device`, which `forward = \"direct\"` needs",
-                        server.name
-                    );
-                    return self.fail(table.name.span(), message);
-                };
-                let name = device.get_ref();
-                let bad = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':');
-                if name.is_empty()
-                    || name.len() > 15
-                    || matches!(name.as_str(), "." | "..")
-                    || name.contains(bad)
-                {
-                    return self.fail(device.span(), format!("{name:?} cannot be an interface's name"));
-                }
-                server.device = Some(name.clone());
-                server.gateways = self.addresses(table.gateway.as_ref(), vips)?;
-                Ok(())
-            }
-        }
     }
 
     /// Y belongs to one server and stands for one redirect port, on every VIP.

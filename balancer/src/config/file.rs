@@ -26,6 +26,8 @@ pub(super) struct File {
     #[serde(default)]
     pub(super) forward: ForwardMode,
     #[serde(default)]
+    pub(super) link: Option<Spanned<String>>,
+    #[serde(default)]
     pub(super) default_server: Option<Spanned<String>>,
     #[serde(default)]
     pub(super) legacy_server: Option<Spanned<String>>,

@@ -89,7 +89,7 @@ impl CheckTable {
         if kind == CheckKind::None {
             return Ok(None);
         }
-        if forward == ForwardMode::Direct {
+        if forward != ForwardMode::Network {
             let message = "health is only looked at with `forward = \"network\"`: a server that is reached by the \
                            VIP alone cannot be asked from here; let what watches it write `state = \"down\"`, or run \
                            `shunt ctl drain NAME`";

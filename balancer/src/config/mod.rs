@@ -6,6 +6,7 @@ mod check;
 mod file;
 mod health;
 mod portless;
+mod reach;
 #[cfg(test)]
 mod tests;
 mod traffic;
@@ -33,8 +34,9 @@ pub const MAX_VIPS: usize = 256;
 pub const MAX_SERVERS: usize = 60_000;
 /// The most services.
 pub const MAX_SERVICES: usize = 30_000;
-/// The most servers in `direct` mode, where each takes a TUN device and a route table of its own.
-pub const MAX_DIRECT_SERVERS: usize = 120;
+/// The most servers in `direct` and `datalink` mode, where each takes a TUN device and a route table of its own. Two
+/// such configurations, an old one and its successor, have room in a balancer's tables.
+pub const MAX_DIRECT_SERVERS: usize = 500;
 /// The most fragmented datagrams remembered at a time.
 pub const MAX_FRAGMENTS: usize = 1 << 20;
 /// The longest that a fragmented datagram can be remembered: longer than any host waits for the rest of one.
@@ -64,6 +66,15 @@ pub enum ForwardMode {
     Network,
     /// Nothing is rewritten; each server has a device, and the VIP itself.
     Direct,
+    /// Nothing is rewritten but the destination MAC; servers share a link and the VIP.
+    Datalink,
+}
+
+impl ForwardMode {
+    /// Whether each server has a TUN device of ours, whose packets leave unchanged by its link.
+    pub(crate) fn uses_devices(self) -> bool {
+        matches!(self, ForwardMode::Direct | ForwardMode::Datalink)
+    }
 }
 
 /// How a server is chosen for a connection of a client that follows redirects (`B1`).
@@ -158,14 +169,14 @@ impl Service {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Server {
     pub(crate) name: String,
-    /// At most one per family; in `direct` mode possibly none.
+    /// At most one per family; in `direct` mode possibly none. In `datalink` mode whose MAC a packet gets.
     pub(crate) addresses: Vec<IpAddr>,
     /// From 1 to [`MAX_WEIGHT`].
     pub(crate) weight: u32,
     pub(crate) state: State,
     /// (index of the service, service port).
     pub(crate) ports: Vec<(usize, u16)>,
-    /// The interface towards it, in `direct` mode.
+    /// The interface towards it, in `direct` and `datalink` mode.
     pub(crate) device: Option<String>,
     /// Next hops on that interface, at most one per family.
     pub(crate) gateways: Vec<IpAddr>,
@@ -186,7 +197,7 @@ impl Server {
         self.addresses.is_empty() || self.address(family).is_some()
     }
 
-    /// The next hop towards it on its device, `direct` mode; `None` if the VIP itself is looked for on the link.
+    /// The next hop towards it on its device, whose MAC packets get; `None` if the VIP itself is looked for on the link.
     pub(crate) fn next_hop(&self, family: Family) -> Option<IpAddr> {
         of_family(&self.gateways, family).or_else(|| self.address(family))
     }
@@ -376,6 +387,7 @@ impl fmt::Display for ForwardMode {
         f.write_str(match self {
             ForwardMode::Network => "network",
             ForwardMode::Direct => "direct",
+            ForwardMode::Datalink => "datalink",
         })
     }
 }

@@ -478,6 +478,32 @@ fn mistakes_about_health_and_control_are_refused_with_their_line() {
 }
 
 #[test]
+fn o19_servers_on_a_shared_link_need_an_address_there_and_the_link() {
+    let datalink = GOOD.replace("\"network\"", "\"datalink\"\nlink = \"eth1\"");
+    let config = parse(&datalink).unwrap();
+    let devices: Vec<_> = config.servers.iter().map(|server| server.device.as_deref()).collect();
+    assert_eq!(devices, [Some("eth1"), Some("eth1")]);
+    assert_eq!(config.servers[0].next_hop(Family::V6), "fd00::11".parse().ok());
+    assert!(config.servers[0].serves(Family::V6) && !config.servers[1].serves(Family::V6));
+    let own = datalink.replace("state = \"drain\"", "device = \"eth2\"");
+    assert_eq!(parse(&own).unwrap().servers[1].device.as_deref(), Some("eth2"));
+    for (from, to, line, told) in [
+        ("link = \"eth1\"\n", "", 13, "no link leads to the server \"web-1\""),
+        ("link = \"eth1\"", "link = \"eth/1\"", 5, "interface's name"),
+        ("state = \"drain\"", "device = \"\"", 22, "interface's name"),
+        ("address = \"10.0.0.12\"\n", "", 20, "no `address`"),
+        ("state = \"drain\"", "gateway = \"10.0.0.1\"", 22, "on the link itself"),
+        ("\"datalink\"", "\"direct\"", 5, "only `forward = \"datalink\"`"),
+        ("policy = ", "check = { kind = \"tcp\" }\npolicy = ", 11, "only looked at with"),
+    ] {
+        assert!(datalink.contains(from), "{from}");
+        let error = parse(&datalink.replacen(from, to, 1)).unwrap_err();
+        assert!(error.message().contains(told), "{error}");
+        assert_eq!(error.line(), Some(line), "{error}");
+    }
+}
+
+#[test]
 fn in_direct_mode_health_is_not_looked_at_and_the_file_is_told_so() {
     let direct = "role = \"balancer\"\nvips = [\"203.0.113.10\"]\nforward = \"direct\"\n[[service]]\nname = \"web\"\n\
                   redirect_port = 443\n";

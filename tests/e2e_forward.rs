@@ -1,0 +1,128 @@
+//! Forwarding with nothing rewritten above the link: what leaves the balancer is what came, and answers do not pass it.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use common::{Family, Net, Options, Way};
+use shunt_lab::{Direction, ETHERNET_HEADER, Filter, Host, Impairment, Verdict};
+use shunt_stack::wire::Packet;
+
+/// Frames that passed a tap.
+type Tape = Arc<Mutex<Vec<Vec<u8>>>>;
+
+/// Records every IP packet that passes.
+fn recorder(tape: &Tape) -> Option<Filter> {
+    let tape = Arc::clone(tape);
+    Some(Box::new(move |frame| {
+        tape.lock().expect("no panic").push(frame.clone());
+        Verdict::Pass
+    }))
+}
+
+fn taken(tape: &Tape) -> Vec<Vec<u8>> {
+    std::mem::take(&mut tape.lock().expect("no panic"))
+}
+
+/// An IP packet without what routers change: TTL and, with it, the header's checksum.
+fn unrouted(packet: &[u8]) -> Vec<u8> {
+    let mut packet = packet.to_vec();
+    if packet[0] >> 4 == 4 {
+        packet[8] = 0;
+        packet[10..12].fill(0);
+    } else {
+        packet[7] = 0;
+    }
+    packet
+}
+
+/// Packets of a tape to an address, without what routers change, and how often each.
+fn packets_to(frames: &[Vec<u8>], to: IpAddr) -> BTreeMap<Vec<u8>, usize> {
+    let mut packets = BTreeMap::new();
+    for frame in frames {
+        let bytes = &frame[ETHERNET_HEADER..];
+        if Packet::from_slice(bytes).is_ok_and(|packet| packet.destination() == to && packet.tcp().is_some())
+        {
+            *packets.entry(unrouted(bytes)).or_default() += 1;
+        }
+    }
+    packets
+}
+
+/// The MAC of a host's interface.
+fn mac(host: &Host, device: &str) -> Vec<u8> {
+    let mut command = Command::new("ip");
+    command.args(["-o", "link", "show", device]);
+    let output = host.run_within(&mut command, Duration::from_secs(10)).expect("ip is installed");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (_, rest) = text.split_once("link/ether ").unwrap_or_else(|| panic!("no MAC: {text}"));
+    let octet = |part: &str| u8::from_str_radix(part, 16).expect("a MAC");
+    rest.split(' ').next().expect("a MAC").split(':').map(octet).collect()
+}
+
+#[test]
+fn o19_datalink_forwarding_changes_the_mac_alone_and_answers_go_straight_to_the_client() {
+    let access = Some(Impairment::default());
+    let mut net =
+        Net::new(Options { forward: "datalink", servers: 3, taps: true, access, ..Options::default() });
+    net.start_nginx();
+    net.start_shim("auto");
+    let (sent, received) = (Tape::default(), [Tape::default(), Tape::default(), Tape::default()]);
+    net.access.as_ref().expect("a tap").set_filter(Direction::Forward, recorder(&sent));
+    for (server, tape) in net.servers.iter().zip(&received) {
+        server.link.as_ref().expect("a tap").set_filter(Direction::Forward, recorder(tape));
+    }
+    let file = net.make_file("file", 2);
+    for family in Family::BOTH {
+        let vip: IpAddr = family.vip().parse().expect("an address");
+        let tally = net.connections(family, 30, 3);
+        assert!(tally.broken.is_empty() && tally.redirected == 30, "{tally:?}\n{}", net.logs());
+        assert_eq!(tally.servers.len(), 3, "{tally:?}");
+        for way in Way::BOTH {
+            assert!(net.transfer(family, way, &file).redirected, "{}", net.logs());
+        }
+        // The last ACKs are under way.
+        std::thread::sleep(Duration::from_millis(300));
+        let left = packets_to(&taken(&sent), vip);
+        let mut arrived = BTreeMap::new();
+        for (server, tape) in net.servers.iter().zip(&received) {
+            let (frames, own) = (taken(tape), mac(&server.host, "eth0"));
+            for frame in &frames {
+                let packet = Packet::from_slice(&frame[ETHERNET_HEADER..]);
+                let to_vip = packet.as_ref().is_ok_and(|packet| packet.destination() == vip);
+                if !to_vip {
+                    continue;
+                }
+                assert_eq!(frame[..6], own, "{family:?}: the MAC is {}'s", server.name());
+                let packet = packet.expect("it was read before");
+                assert!(packet.checksum_ok());
+                // The shim's device, the router, the balancer's two devices.
+                assert_eq!(packet.hop_limit(), 64 - 4, "{packet:?}");
+            }
+            for (bytes, count) in packets_to(&frames, vip) {
+                *arrived.entry(bytes).or_default() += count;
+            }
+        }
+        println!("{family:?}: {} packets from the client, all of them unchanged at a server", left.len());
+        assert!(left.len() > 1000, "{}", left.len());
+        assert!(left == arrived, "{family:?}: {} packets left, {} arrived", left.len(), arrived.len());
+    }
+    net.stop_shim();
+    for family in Family::BOTH {
+        let tally = net.connections(family, 40, 4);
+        assert!(tally.broken.is_empty() && tally.plain == 40, "{tally:?}\n{}", net.logs());
+    }
+    // Not one answer came by the balancer: all of its devices' packets went to servers.
+    let back = net.balancer.counters("eth1").expect("counters");
+    let forth = net.balancer.counters("eth0").expect("counters");
+    println!("eth1 {back:?}, eth0 {forth:?}");
+    assert!(back.rx_packets < 300 && back.tx_packets > 3000, "{back:?}");
+    assert!(forth.tx_packets < 300, "{forth:?}");
+    let counts = net.stop_balancer_and_count();
+    assert_eq!(counts.decided("to_client"), 0);
+    assert!(counts.decided("owner") > 1000 && counts.decided("selected") >= 60, "{counts:?}");
+}
