@@ -65,6 +65,24 @@ fn mac(host: &Host, device: &str) -> Vec<u8> {
 }
 
 #[test]
+fn o19_a_neighbour_that_nobody_answers_for_is_told_and_counted() {
+    let mut net = Net::new(Options { forward: "datalink", servers: 1, ..Options::default() });
+    net.start_nginx();
+    assert!(net.curl(Family::V4, "/", &[]).ok, "{}", net.logs());
+    net.servers[0].host.set_up("eth0", false).expect("a device");
+    let mut command = Command::new("ip");
+    command.args(["neigh", "flush", "dev", "eth1"]);
+    net.balancer.run_within(&mut command, Duration::from_secs(10)).expect("ip is installed");
+    let failed = net.curl(Family::V4, "/", &["--connect-timeout", "5"]);
+    assert!(!failed.ok, "{failed:?}");
+    println!("the client is told: {}", failed.error);
+    net.wait_for_balancer("nobody answers for its next hop", 1);
+    net.servers[0].host.set_up("eth0", true).expect("a device");
+    let counts = net.stop_balancer_and_count();
+    assert!(counts.of("shunt_balancer_server_unresolved_total{server=\"s1\"}") >= 1, "{counts:?}");
+}
+
+#[test]
 fn o19_datalink_forwarding_changes_the_mac_alone_and_answers_go_straight_to_the_client() {
     let access = Some(Impairment::default());
     let mut net =

@@ -22,9 +22,10 @@ use tokio::task::JoinSet;
 
 use crate::config::{Config, ForwardMode};
 use crate::connections::Connections;
+use crate::connectors::{Connectors, without_the_missing};
 use crate::health::{Monitor, Transition};
 use crate::host::{Devices, ServerDevice, changes, device_name, main_mtu};
-use crate::{Balancer, DropReason, LoadError, Memory, Output, SelectKey, Snapshot};
+use crate::{Balancer, DropReason, LoadError, Memory, Output, SelectKey, Snapshot, Unfit};
 
 /// How often counters are logged, at level debug.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -320,11 +321,12 @@ pub(crate) struct Daemon<D, F> {
     pub(crate) published: watch::Sender<Arc<Config>>,
     /// Requests that take long.
     pub(crate) waits: JoinSet<()>,
+    pub(crate) connectors: Connectors,
+    pub(crate) host: Host,
+    pub(crate) nft: bool,
+    pub(crate) devices: Devices,
     server: Server,
-    host: Host,
-    nft: bool,
     main: Arc<D>,
-    devices: Devices,
     clock: Clock,
     active: watch::Sender<Arc<Active<D>>>,
     open: F,
@@ -348,12 +350,15 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             Devices { main: main.name().to_owned(), mtu: main_mtu(&config).await?, servers: Vec::new() };
         let mut outputs = Vec::new();
         devices.servers = server_devices(&config, None, &devices.main);
+        let connectors = Connectors::start(&config).await?;
+        connectors.mark(&config, &mut devices);
         for server in &devices.servers {
             outputs.push(Arc::new(device(&server.name)?));
         }
         // While the name is ours: nobody else's socket is there.
         let server = Server::open(&config.control.at(control_socket), &state_dir, Role::Balancer)?;
-        let balancer = Arc::new(Balancer::new(&config, SelectKey::from_system()));
+        let unfit = without_the_missing(Unfit::default(), &devices);
+        let balancer = Arc::new(Balancer::new_without(&config, &unfit, SelectKey::from_system()));
         let connections = Connections::new(&config);
         if let Err(error) = host.replace(changes(&config, &devices, nft)).await {
             if let Err(undo) = host.close().await {
@@ -372,11 +377,12 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             monitor,
             published,
             waits,
-            server,
+            connectors,
             host,
             nft,
-            main,
             devices,
+            server,
+            main,
             clock,
             active,
             open,
@@ -394,6 +400,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
                 Some(()) = hangups.recv() => drop(self.reload().await),
                 call = self.server.next() => self.call(call).await,
                 changed = self.monitor.changed() => self.health_changed(&changed).await,
+                news = self.connectors.news() => self.links_changed(news).await,
                 _ = interval.tick() => self.log_counters(),
             }
         }
@@ -442,16 +449,22 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
                 tracing::warn!(server, service, %address, why, "unhealthy: no new connections");
             }
         }
-        let balancer = self.successor(&self.config).await;
+        self.renew().await;
+    }
+
+    /// Decides by the same configuration and by what is known of the servers now.
+    pub(crate) async fn renew(&mut self) {
+        let balancer = self.successor(&self.config, &self.devices).await;
         let before = Arc::clone(&self.active.borrow());
         let connections = Connections::successor(before.connections.as_ref(), &self.config);
         let outputs = before.outputs.clone();
         self.active.send_replace(Arc::new(Active { balancer, connections, outputs }));
     }
 
-    /// What will decide by a configuration and by the servers' health. Made beside, because packets go on.
-    async fn successor(&self, config: &Config) -> Arc<Balancer> {
-        let (balancer, unfit, config) = (self.balancer(), self.monitor.unfit(config), config.clone());
+    /// What will decide by a configuration, the servers' health and their links. Made beside, because packets go on.
+    async fn successor(&self, config: &Config, devices: &Devices) -> Arc<Balancer> {
+        let unfit = without_the_missing(self.monitor.unfit(config), devices);
+        let (balancer, config) = (self.balancer(), config.clone());
         balancer.advance(self.clock.now());
         let made = tokio::task::spawn_blocking(move || balancer.successor_without(&config, &unfit)).await;
         Arc::new(made.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())))
@@ -475,6 +488,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         }
         let mut devices = self.devices.clone();
         devices.servers = server_devices(&config, Some((&self.config, &self.devices)), &devices.main);
+        self.connectors.mark(&config, &mut devices);
         let outputs = self.outputs(&devices)?;
         let old = changes(&self.config, &self.devices, self.nft);
         let new = changes(&config, &devices, self.nft);
@@ -486,7 +500,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             }
             return Err(error.to_string());
         }
-        let balancer = self.successor(&config).await;
+        let balancer = self.successor(&config, &devices).await;
         self.monitor.follow(&config, balancer.server_stats());
         let connections = Connections::successor(self.active.borrow().connections.as_ref(), &config);
         self.active.send_replace(Arc::new(Active { balancer, connections, outputs }));
@@ -536,7 +550,7 @@ fn server_devices(config: &Config, before: Option<(&Config, &Devices)>, main: &s
     let mut free = (0..).filter(|slot| !in_use(slot));
     let device = |slot: Option<u32>| {
         let slot = slot.or_else(|| free.next()).unwrap_or_default();
-        ServerDevice { name: device_name(main, slot), slot }
+        ServerDevice { name: device_name(main, slot), slot, connected: true }
     };
     kept.iter().copied().map(device).collect()
 }

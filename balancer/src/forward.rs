@@ -21,6 +21,16 @@ pub enum Output {
 }
 
 impl Balancer {
+    /// Whether there is a way to where a packet is to go.
+    pub(crate) fn reaches(&self, route: Route) -> Result<(), DropReason> {
+        match route {
+            Route::ToServer { server, .. } if self.table.is_unreachable(server) => {
+                Err(DropReason::NoConnector(server))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Rewrites a packet as its route asks, and says where it leaves. Nothing is rewritten in
     /// `direct` mode, and in `datalink` mode the kernel puts the MAC of the server's address on it.
     ///

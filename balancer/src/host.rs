@@ -59,6 +59,8 @@ pub(crate) struct Devices {
 pub(crate) struct ServerDevice {
     pub(crate) name: String,
     pub(crate) slot: u32,
+    /// Whether the server's link is there; without it nothing of the device's stands on the host.
+    pub(crate) connected: bool,
 }
 
 /// The name of a server's device.
@@ -107,8 +109,8 @@ fn sysctls_and_links(config: &Config, devices: &Devices, wanted: &mut Vec<Change
         wanted.push(conf(device, "accept_local", 1));
     }
     // Answers carry the VIP, whose route leads into our device.
-    let towards: BTreeSet<&String> =
-        config.servers.iter().filter_map(|server| server.device.as_ref()).collect();
+    let connected = config.servers.iter().zip(&devices.servers).filter(|(_, device)| device.connected);
+    let towards: BTreeSet<&String> = connected.filter_map(|(server, _)| server.device.as_ref()).collect();
     wanted.extend(towards.into_iter().map(|device| conf(device, "rp_filter", 0)));
 }
 
@@ -122,7 +124,8 @@ fn leaving(config: &Config, devices: &Devices, family: Family, wanted: &mut Vec<
         }
     }
     for (server, device) in config.servers.iter().zip(&devices.servers) {
-        let Some(out) = server.device.as_ref().filter(|_| server.serves(family)) else { continue };
+        let usable = device.connected && server.serves(family);
+        let Some(out) = server.device.as_ref().filter(|_| usable) else { continue };
         let own = tables + table::SERVERS + device.slot;
         for vip in vips(config, family) {
             let route = Route::device(own, vip, out);

@@ -13,6 +13,7 @@
 
 pub mod config;
 mod connections;
+mod connectors;
 pub mod control;
 mod datagram;
 pub mod doctor;
@@ -81,8 +82,13 @@ struct Due {
 impl Balancer {
     /// A balancer for a configuration; `key` is the key of keyed policies.
     pub fn new(config: &Config, key: SelectKey) -> Balancer {
+        Balancer::new_without(config, &Unfit::default(), key)
+    }
+
+    /// The same, with no new selections for those that are `unfit` (`B7`).
+    pub fn new_without(config: &Config, unfit: &Unfit, key: SelectKey) -> Balancer {
         let lives = Lives::new(config.servers.iter().map(|server| (server.name.as_str(), Arc::default())));
-        Balancer::with(config, &Unfit::default(), lives, Arc::default(), None, key)
+        Balancer::with(config, unfit, lives, Arc::default(), None, key)
     }
 
     fn with(
@@ -210,6 +216,7 @@ impl Balancer {
         packet: &mut Packet,
     ) -> Result<Output, DropReason> {
         let result = route.and_then(|route| {
+            self.reaches(route)?;
             self.count(route, packet);
             let mark = self.mark(route, packet);
             let output = self.forward(route, packet)?;

@@ -139,6 +139,9 @@ pub enum DropReason {
     /// More than the service's limit. Decided before and apart from where the packet goes (`B6`).
     #[error("over the service's limit: {0}")]
     Limited(Limit),
+    /// The link of the chosen server is not there.
+    #[error("the link of server {0} is missing")]
+    NoConnector(ServerId),
     /// The chosen server has no address of the packet's family.
     #[error("server {0} has no address of this family")]
     Family(ServerId),
@@ -152,6 +155,7 @@ impl DropReason {
             DropReason::Legacy(_)
                 | DropReason::Limited(_)
                 | DropReason::Family(_)
+                | DropReason::NoConnector(_)
                 | DropReason::Refused(_)
                 | DropReason::Unanswerable
         )

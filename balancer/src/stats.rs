@@ -32,7 +32,7 @@ const WAYS: [(Way, &str); 16] = [
     (Way::Unchanged, "unchanged"),
 ];
 
-const REASONS: [&str; 18] = [
+const REASONS: [&str; 19] = [
     "unreadable",
     "unknown_port",
     "protocol",
@@ -51,6 +51,7 @@ const REASONS: [&str; 18] = [
     "limited_packets",
     "limited_bytes",
     "limited_new",
+    "no_connector",
 ];
 
 fn reason_index(reason: DropReason) -> usize {
@@ -73,6 +74,7 @@ fn reason_index(reason: DropReason) -> usize {
         DropReason::Limited(Limit::Packets) => 15,
         DropReason::Limited(Limit::Bytes) => 16,
         DropReason::Limited(Limit::New) => 17,
+        DropReason::NoConnector(_) => 18,
     }
 }
 
@@ -118,6 +120,7 @@ pub(crate) struct ServerStats {
     checks: Counter,
     failed_checks: Counter,
     health_changes: Counter,
+    unresolved: Counter,
 }
 
 /// All counters at one time.
@@ -175,6 +178,8 @@ pub struct ServerSnapshot {
     pub failed_checks: u64,
     /// How often one of its ports has become healthy or unhealthy.
     pub health_changes: u64,
+    /// How often nobody on its link answered for its next hop; each time the kernel drops what waited for the answer.
+    pub unresolved: u64,
 }
 
 impl Stats {
@@ -219,6 +224,11 @@ impl ServerStats {
         self.health_changes.add(1);
     }
 
+    /// Counts that nobody answered for its next hop.
+    pub(crate) fn unresolved(&self) {
+        self.unresolved.add(1);
+    }
+
     pub(crate) fn snapshot(&self) -> ServerSnapshot {
         ServerSnapshot {
             selected: self.selected.value(),
@@ -232,6 +242,7 @@ impl ServerStats {
             checks: self.checks.value(),
             failed_checks: self.failed_checks.value(),
             health_changes: self.health_changes.value(),
+            unresolved: self.unresolved.value(),
         }
     }
 }
@@ -340,7 +351,7 @@ impl fmt::Display for Snapshot {
             writeln!(f, "# TYPE shunt_balancer_{name}_total counter\nshunt_balancer_{name}_total {value}")?;
         }
         writeln!(f, "# TYPE shunt_balancer_fragments gauge\nshunt_balancer_fragments {}", self.fragments)?;
-        let columns: [(&str, Column); 9] = [
+        let columns: [(&str, Column); 10] = [
             ("selected", |server| server.selected),
             ("plain", |server| server.plain),
             ("packets", |server| server.packets),
@@ -350,6 +361,7 @@ impl fmt::Display for Snapshot {
             ("checks", |server| server.checks),
             ("failed_checks", |server| server.failed_checks),
             ("health_changes", |server| server.health_changes),
+            ("unresolved", |server| server.unresolved),
         ];
         for (column, value) in columns {
             writeln!(f, "# TYPE shunt_balancer_server_{column}_total counter")?;

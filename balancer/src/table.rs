@@ -122,6 +122,8 @@ pub struct Table {
     sets: Box<[Set]>,
     /// By server: whether it is in a set.
     taking: Box<[bool]>,
+    /// By server: whether nothing can be sent to it.
+    unreachable: Box<[bool]>,
     /// TCP ports of every VIP that are this host's own, sorted.
     admin_ports: Box<[u16]>,
     /// Sorted by address, protocol and port.
@@ -165,6 +167,7 @@ impl Table {
             limits: config.limits,
             sets,
             taking: builder.taking.into(),
+            unreachable: (0..config.servers.len()).map(|index| unfit.is_unreachable(index)).collect(),
             admin_ports: config.admin_ports.clone().into(),
             back: back.into(),
         }
@@ -211,6 +214,11 @@ impl Table {
     /// Whether a server takes new connections of any service (`B7`).
     pub(crate) fn takes_new(&self, server: usize) -> bool {
         self.taking.get(server).copied().unwrap_or_default()
+    }
+
+    /// Whether nothing can be sent to a server: its link is not there.
+    pub(crate) fn is_unreachable(&self, server: ServerId) -> bool {
+        self.unreachable.get(server.index()).copied().unwrap_or_default()
     }
 
     /// Lets every set's policies follow time and loads; says when to be called again at the latest, if ever.

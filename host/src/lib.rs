@@ -46,6 +46,7 @@ mod error;
 mod host;
 mod kernel;
 mod ledger;
+pub mod links;
 mod namespace;
 mod nft;
 pub mod options;

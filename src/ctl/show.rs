@@ -78,10 +78,12 @@ fn balancer(value: &Value) -> String {
     for server in list(&value["servers"]) {
         let counters = &server["counters"];
         let address = if list(&server["addresses"]).count() == 0 { "device" } else { "addresses" };
+        // Of a link that is there nothing has to be said.
+        let link = Some(&server["link"]).filter(|link| link.as_str().is_some_and(|link| link != "there"));
         servers.add_row([
             text(&server["name"]),
             text(&server["state"]),
-            text(&server["health"]),
+            text(link.unwrap_or(&server["health"])),
             text(&server["weight"]),
             text(&server[address]),
             text(&server["ports"]),

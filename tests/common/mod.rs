@@ -88,6 +88,8 @@ pub struct Options {
     pub narrow: Option<Narrow>,
     /// The servers' links are ones whose frames can be looked at ([`Server::link`]).
     pub taps: bool,
+    /// Each server has a link of its own to the balancer, `back1` and so on, that can be pulled out (`forward = "direct"`).
+    pub connectors: bool,
     /// Started at once: balancer and agents.
     pub start: bool,
 }
@@ -102,6 +104,7 @@ impl Default for Options {
             core_mtu: 1500,
             narrow: None,
             taps: false,
+            connectors: false,
             start: true,
         }
     }
@@ -135,7 +138,8 @@ pub struct Net {
     pub client: Host,
     pub middle: Host,
     pub balancer: Host,
-    /// What servers, balancer and their way back to clients are plugged into, with `forward = "datalink"`.
+    /// What servers, balancer and their way back to clients are plugged into, with `forward = "datalink"`; with
+    /// `connectors` what lies between the balancer and each server.
     pub switch: Option<Host>,
     /// The routers at both ends of the narrow link, seen from the client.
     pub narrow: Vec<Host>,
@@ -191,6 +195,9 @@ impl Net {
         }
         if net.options.forward == "datalink" {
             net.plug_switch();
+        }
+        if net.options.connectors {
+            net.switch = Some(net.lab.host("patch").expect("a namespace"));
         }
         for number in 1..=net.options.servers {
             net.add_server(number);
@@ -302,8 +309,11 @@ impl Net {
         if link.is_none() {
             self.lab.link(router, &port, &host, "eth0", LinkOptions::default()).expect("a link");
         }
-        router.bridge("br0", &[&port]).expect("a bridge port");
-        if number == 1 && self.switch.is_none() {
+        let bridge = if self.options.connectors { format!("br{number}") } else { "br0".to_owned() };
+        router.bridge(&bridge, &[&port]).expect("a bridge port");
+        if self.options.connectors {
+            self.plug(number);
+        } else if number == 1 && self.switch.is_none() {
             router.address("br0", "10.3.0.1/24").expect("an address");
             router.address("br0", "fd00:3::1/64").expect("an address");
         }
@@ -315,10 +325,38 @@ impl Net {
             server.host.address("lo", &format!("{VIP4}/32")).expect("an address");
             server.host.address("lo", &format!("{VIP6}/128")).expect("an address");
         }
-        let (v4, v6) =
-            if self.switch.is_some() { ("10.3.0.254", "fd00:3::fe") } else { ("10.3.0.1", "fd00:3::1") };
+        let (v4, v6) = if self.options.forward == "datalink" {
+            ("10.3.0.254", "fd00:3::fe")
+        } else {
+            ("10.3.0.1", "fd00:3::1")
+        };
         route_both(&server.host, v4, v6);
         self.servers.push(server);
+    }
+
+    /// Puts in the link from the balancer to a server.
+    pub fn plug(&self, number: u16) {
+        let patch = self.switch.as_ref().expect("a network with connectors");
+        let (device, port) = (format!("back{number}"), format!("front{number}"));
+        self.lab.link(&self.balancer, &device, patch, &port, LinkOptions::default()).expect("a link");
+        patch.bridge(&format!("br{number}"), &[&port]).expect("a bridge port");
+        self.balancer.address(&device, "10.3.0.1/32").expect("an address");
+        self.balancer.address(&device, "fd00:3::1/128").expect("an address");
+        // The server's way back is to another MAC now.
+        if let Some(server) = self.servers.iter().find(|server| server.number == number) {
+            let mut command = Command::new("ip");
+            command.args(["neigh", "flush", "dev", "eth0"]);
+            server.host.run_within(&mut command, Duration::from_secs(10)).expect("ip is installed");
+        }
+    }
+
+    /// Pulls it out: the device is no more.
+    pub fn unplug(&self, number: u16) {
+        let mut command = Command::new("ip");
+        command.args(["link", "del", &format!("back{number}")]);
+        let output =
+            self.balancer.run_within(&mut command, Duration::from_secs(10)).expect("ip is installed");
+        assert!(output.status.success(), "{output:?}");
     }
 
     /// Whether the servers own the shared addresses themselves.
@@ -354,7 +392,11 @@ impl Net {
         for server in &self.servers {
             let Some(state) = state(server.number) else { continue };
             let ([v4, v6], n) = (server.addresses(), server.number);
-            let reached = if *forward == "direct" { "device = \"br0\"\ngateway" } else { "address" };
+            let device = if self.options.connectors { format!("back{n}") } else { "br0".to_owned() };
+            let reached = match *forward {
+                "direct" => format!("device = \"{device}\"\ngateway"),
+                _ => "address".to_owned(),
+            };
             let _ = write!(
                 text,
                 "\n[[server]]\nname = \"{}\"\n{reached} = [\"{v4}\", \"{v6}\"]\nstate = \"{state}\"\n\

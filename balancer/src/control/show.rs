@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::Serialize;
 
 use crate::config::{Check, Config, ForwardMode, Legacy, PolicyName, State};
+use crate::connectors::Connectors;
 use crate::health::{self, CheckReport, Monitor};
 use crate::stats::{ServerSnapshot, Snapshot};
 
@@ -39,6 +40,9 @@ struct ServerShow<'a> {
     addresses: &'a [IpAddr],
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<&'a str>,
+    /// `there`, `missing`, or `unresolved` where nobody answers for the next hop.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    link: Option<&'static str>,
     state: State,
     /// `unhealthy` if any of its ports is, `unknown` if none is and one is not known yet; none if none is looked at.
     health: Option<health::State>,
@@ -52,7 +56,12 @@ struct ServerShow<'a> {
 }
 
 /// Describes a configuration with what is known of its servers.
-pub(super) fn show<'a>(config: &'a Config, monitor: &Monitor, counters: &Snapshot) -> Show<'a> {
+pub(super) fn show<'a>(
+    config: &'a Config,
+    monitor: &Monitor,
+    connectors: &Connectors,
+    counters: &Snapshot,
+) -> Show<'a> {
     let servers: Vec<ServerShow<'a>> = config
         .servers
         .iter()
@@ -67,6 +76,7 @@ pub(super) fn show<'a>(config: &'a Config, monitor: &Monitor, counters: &Snapsho
                 name: &server.name,
                 addresses: &server.addresses,
                 device: server.device.as_deref(),
+                link: connectors.describe(server),
                 state: server.state,
                 health,
                 weight: server.weight,
@@ -81,8 +91,11 @@ pub(super) fn show<'a>(config: &'a Config, monitor: &Monitor, counters: &Snapsho
         let name = service.name.as_str();
         let bad = |check: &CheckReport| check.service == name && check.state == health::State::Unhealthy;
         let own = || servers.iter().filter(|server| server.ports.contains_key(name));
-        let taking =
-            own().filter(|server| server.state == State::Up && !server.checks.iter().any(bad)).count();
+        let reached = |server: &ServerShow<'_>| server.link != Some("missing");
+        let fit = |server: &&ServerShow<'_>| {
+            server.state == State::Up && reached(server) && !server.checks.iter().any(bad)
+        };
+        let taking = own().filter(fit).count();
         ServiceShow {
             name,
             redirect_port: service.redirect_port,

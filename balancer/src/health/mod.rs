@@ -17,16 +17,29 @@ pub use state::{Health, State};
 
 /// Servers that get no new selections on a redirect port in a family, by their indices in one configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Unfit(HashSet<(usize, usize, Family)>);
+pub struct Unfit {
+    ports: HashSet<(usize, usize, Family)>,
+    unreachable: HashSet<usize>,
+}
 
 impl Unfit {
     /// Notes a server and a service.
     pub fn insert(&mut self, server: usize, service: usize, family: Family) {
-        self.0.insert((server, service, family));
+        self.ports.insert((server, service, family));
+    }
+
+    /// Notes a server that nothing can be sent to: unfit for everything.
+    pub fn insert_unreachable(&mut self, server: usize) {
+        self.unreachable.insert(server);
     }
 
     /// Whether it is among them.
     pub fn contains(&self, server: usize, service: usize, family: Family) -> bool {
-        self.0.contains(&(server, service, family))
+        self.is_unreachable(server) || self.ports.contains(&(server, service, family))
+    }
+
+    /// Whether nothing can be sent to a server.
+    pub fn is_unreachable(&self, server: usize) -> bool {
+        self.unreachable.contains(&server)
     }
 }
