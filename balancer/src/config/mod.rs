@@ -375,13 +375,6 @@ pub(crate) struct WayBack {
     pub(crate) server: usize,
 }
 
-impl ForwardMode {
-    /// Whether each server has a device of ours, out of which its packets go.
-    pub(crate) fn has_server_devices(self) -> bool {
-        self == ForwardMode::Direct
-    }
-}
-
 impl fmt::Display for ForwardMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -7,7 +7,7 @@ use super::addresses::unanswered;
 use super::{Finding, Needs, Severity};
 use crate::error::HostError;
 use crate::kernel::{self, is_own_origin};
-use crate::options::{PREFERENCES, TABLES};
+use crate::options::PREFERENCES;
 use crate::prefix::Family;
 
 /// What may decide before us, mistake its mark for ours, or use our tables.
@@ -49,7 +49,10 @@ async fn look(needs: &Needs) -> Result<Vec<Finding>, HostError> {
             Severity::Error,
             "tables",
             format!("route table {table} is in use by somebody else"),
-            format!("write `[host]` and `table = N`, the first of {TABLES} tables that nobody uses"),
+            format!(
+                "write `[host]` and `table = N`, the first of {} tables that nobody uses",
+                options.tables().len()
+            ),
         )
     }));
     Ok(findings)
