@@ -2,56 +2,14 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use common::tape::{Packets, Tape, packets_of, together};
 use common::{Family, Net, Options, Way};
-use shunt_lab::{Direction, ETHERNET_HEADER, Filter, Host, Impairment, Verdict};
+use shunt_lab::{Direction, ETHERNET_HEADER, Host, Impairment};
 use shunt_stack::wire::Packet;
-
-/// Frames that passed a tap.
-type Tape = Arc<Mutex<Vec<Vec<u8>>>>;
-
-/// Records every IP packet that passes.
-fn recorder(tape: &Tape) -> Option<Filter> {
-    let tape = Arc::clone(tape);
-    Some(Box::new(move |frame| {
-        tape.lock().expect("no panic").push(frame.clone());
-        Verdict::Pass
-    }))
-}
-
-fn taken(tape: &Tape) -> Vec<Vec<u8>> {
-    std::mem::take(&mut tape.lock().expect("no panic"))
-}
-
-/// An IP packet without what routers change: TTL and, with it, the header's checksum.
-fn unrouted(packet: &[u8]) -> Vec<u8> {
-    let mut packet = packet.to_vec();
-    if packet[0] >> 4 == 4 {
-        packet[8] = 0;
-        packet[10..12].fill(0);
-    } else {
-        packet[7] = 0;
-    }
-    packet
-}
-
-/// Packets of a tape to an address, without what routers change, and how often each.
-fn packets_to(frames: &[Vec<u8>], to: IpAddr) -> BTreeMap<Vec<u8>, usize> {
-    let mut packets = BTreeMap::new();
-    for frame in frames {
-        let bytes = &frame[ETHERNET_HEADER..];
-        if Packet::from_slice(bytes).is_ok_and(|packet| packet.destination() == to && packet.tcp().is_some())
-        {
-            *packets.entry(unrouted(bytes)).or_default() += 1;
-        }
-    }
-    packets
-}
 
 /// The MAC of a host's interface.
 fn mac(host: &Host, device: &str) -> Vec<u8> {
@@ -89,11 +47,9 @@ fn o19_datalink_forwarding_changes_the_mac_alone_and_answers_go_straight_to_the_
         Net::new(Options { forward: "datalink", servers: 3, taps: true, access, ..Options::default() });
     net.start_nginx();
     net.start_shim("auto");
-    let (sent, received) = (Tape::default(), [Tape::default(), Tape::default(), Tape::default()]);
-    net.access.as_ref().expect("a tap").set_filter(Direction::Forward, recorder(&sent));
-    for (server, tape) in net.servers.iter().zip(&received) {
-        server.link.as_ref().expect("a tap").set_filter(Direction::Forward, recorder(tape));
-    }
+    let sent = Tape::record(net.access.as_ref().expect("a tap"), Direction::Forward);
+    let tape = |link: &Option<_>| Tape::record(link.as_ref().expect("a tap"), Direction::Forward);
+    let received: Vec<Tape> = net.servers.iter().map(|server| tape(&server.link)).collect();
     let file = net.make_file("file", 2);
     for family in Family::BOTH {
         let vip: IpAddr = family.vip().parse().expect("an address");
@@ -105,10 +61,10 @@ fn o19_datalink_forwarding_changes_the_mac_alone_and_answers_go_straight_to_the_
         }
         // The last ACKs are under way.
         std::thread::sleep(Duration::from_millis(300));
-        let left = packets_to(&taken(&sent), vip);
-        let mut arrived = BTreeMap::new();
+        let left = packets_of(&sent.take(), vip);
+        let mut arrived: Vec<Packets> = Vec::new();
         for (server, tape) in net.servers.iter().zip(&received) {
-            let (frames, own) = (taken(tape), mac(&server.host, "eth0"));
+            let (frames, own) = (tape.take(), mac(&server.host, "eth0"));
             for frame in &frames {
                 let packet = Packet::from_slice(&frame[ETHERNET_HEADER..]);
                 let to_vip = packet.as_ref().is_ok_and(|packet| packet.destination() == vip);
@@ -121,10 +77,9 @@ fn o19_datalink_forwarding_changes_the_mac_alone_and_answers_go_straight_to_the_
                 // The shim's device, the router, the balancer's two devices.
                 assert_eq!(packet.hop_limit(), 64 - 4, "{packet:?}");
             }
-            for (bytes, count) in packets_to(&frames, vip) {
-                *arrived.entry(bytes).or_default() += count;
-            }
+            arrived.push(packets_of(&frames, vip));
         }
+        let arrived = together(arrived);
         println!("{family:?}: {} packets from the client, all of them unchanged at a server", left.len());
         assert!(left.len() > 1000, "{}", left.len());
         assert!(left == arrived, "{family:?}: {} packets left, {} arrived", left.len(), arrived.len());

@@ -6,7 +6,7 @@ use shunt_stack::wire::Packet;
 
 use crate::Balancer;
 use crate::config::{Portless, Transport};
-use crate::maglev::hash_portless;
+use crate::maglev::{at_level, hash_portless};
 use crate::route::{Decision, DropReason};
 use crate::select::Request;
 use crate::table::{ServerId, Vip};
@@ -46,27 +46,29 @@ impl Balancer {
             _ => DropReason::Protocol(number),
         };
         let to = self.table.protocols.get(&number).copied().unwrap_or_default();
-        without_ports(vip, packet, to, 0, unknown)
+        self.without_ports(vip, packet, to, 0, unknown)
     }
-}
 
-/// Carries out what the configuration says of packets without ports; `unknown` is the reason for the default server.
-pub(crate) fn without_ports(
-    vip: &Vip,
-    packet: &Packet,
-    to: Portless,
-    identifier: u16,
-    unknown: DropReason,
-) -> Result<(ServerId, Decision), DropReason> {
-    let protocol = packet.protocol().number();
-    match to {
-        Portless::Drop => Err(DropReason::Refused(protocol)),
-        Portless::Server(index) => Ok((ServerId::new(index), Decision::Named)),
-        Portless::Balance => {
-            let maglev = vip.portless.as_ref().ok_or(DropReason::NoPortlessServer(protocol))?;
-            let hash = hash_portless(packet.source(), vip.address, protocol, identifier);
-            Ok((maglev.lookup(hash), Decision::Balanced))
+    /// Carries out what the configuration says of packets without ports; `unknown` is the reason for the default server.
+    pub(crate) fn without_ports(
+        &self,
+        vip: &Vip,
+        packet: &Packet,
+        to: Portless,
+        identifier: u16,
+        unknown: DropReason,
+    ) -> Result<(ServerId, Decision), DropReason> {
+        let protocol = packet.protocol().number();
+        let level = self.table.level;
+        match to {
+            Portless::Drop => Err(DropReason::Refused(protocol)),
+            Portless::Server(index) => Ok((ServerId::new(index), Decision::Named)),
+            Portless::Balance => {
+                let maglev = vip.portless.as_ref().ok_or(DropReason::NoPortlessServer(protocol))?;
+                let hash = hash_portless(packet.source(), vip.address, protocol, identifier);
+                Ok((maglev.lookup(at_level(hash, level)), Decision::Balanced))
+            }
+            Portless::DefaultServer | Portless::Answer => Err(unknown),
         }
-        Portless::DefaultServer | Portless::Answer => Err(unknown),
     }
 }

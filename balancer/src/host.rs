@@ -13,7 +13,7 @@
 //! | `from` server, a protocol without ports | our device | the same of such a protocol |
 //! | our mark | our device | ICMP errors that quote a server, fragments from servers, echo replies, `network` mode |
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use shunt_host::change::{LOCAL, Link, MAIN, Route, Rule, Sysctl};
@@ -176,6 +176,7 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
     }
     let back = tables + table::BACK;
     wanted.push(Route::device(back, Prefix::all(family), &devices.main).into());
+    let mut answers: BTreeMap<(IpAddr, u8), Option<Vec<PortRange>>> = BTreeMap::new();
     let known = |way: &WayBack| match way.protocol {
         // Marks tell: a rule would divert neighbour discovery as well.
         1 | 58 => None,
@@ -184,15 +185,24 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
         6 | 17 => Some((way.address, way.protocol, Some(way.port))),
         other => Some((way.address, other, None)),
     };
-    let answers: BTreeSet<(IpAddr, u8, Option<u16>)> = config.ways_back().iter().filter_map(known).collect();
-    for (address, protocol, port) in
-        answers.into_iter().filter(|(address, ..)| Family::of(*address) == family)
-    {
-        let mut rule = Rule::new(family, first + 6, back).from(address).protocol(protocol);
-        if let Some(port) = port {
-            rule = rule.source_port(port).protocol(protocol);
+    for (address, protocol, port) in config.ways_back().iter().filter_map(known) {
+        let ports = answers.entry((address, protocol)).or_insert_with(|| port.map(|_| Vec::new()));
+        if let Some((ports, port)) = ports.as_mut().zip(port) {
+            ports.push(PortRange::from(port));
         }
-        wanted.push(rule.into());
+    }
+    for ((address, protocol), ports) in answers {
+        if Family::of(address) != family {
+            continue;
+        }
+        let rule = || Rule::new(family, first + 6, back).from(address).protocol(protocol);
+        match ports {
+            None => wanted.push(rule().into()),
+            Some(ports) => {
+                let of = |ports| rule().source_port(ports).protocol(protocol).into();
+                wanted.extend(PortRange::merged(ports).into_iter().map(of));
+            }
+        }
     }
     if nft {
         let host = &config.host;

@@ -8,7 +8,6 @@ use shunt_stack::wire::{IcmpView, Packet, Protocol, Quoted, Version, icmp_messag
 
 use crate::Balancer;
 use crate::config::Portless;
-use crate::datagram::without_ports;
 use crate::route::{Decision, DropReason, Route};
 use crate::select::Request;
 use crate::table::{ServerId, Vip};
@@ -59,7 +58,7 @@ impl Balancer {
             return if whole && from_a_host { Ok(Route::Answer) } else { Err(DropReason::Unanswerable) };
         }
         let unknown = DropReason::Icmp { message_type, code };
-        let (server, decision) = without_ports(vip, packet, to, icmp.identifier(), unknown)?;
+        let (server, decision) = self.without_ports(vip, packet, to, icmp.identifier(), unknown)?;
         Ok(Route::ToServer { server, decision })
     }
 

@@ -91,6 +91,14 @@ fn turn(name: &str) -> Turn {
     }
 }
 
+/// The part of a hash by which a level of a tree chooses. Were it the same on two levels, the lower one would see but
+/// some of its table's slots: with the same names on both, those of a single server.
+///
+/// It is the level's digit of the hash in base [`SLOTS`]; four of them are in 64 bits.
+pub fn at_level(hash: u64, level: u8) -> u64 {
+    hash / (SLOTS as u64).pow(u32::from(level))
+}
+
 /// The hash of a client's address and port: the same on every balancer.
 pub fn hash_client(client: SocketAddr) -> u64 {
     let mut hasher = SipHasher24::new_with_keys(0x6c65_6761_6379, 0);
@@ -199,6 +207,27 @@ mod tests {
         let first: Vec<usize> = table.slots()[..8].iter().map(|slot| slot.index()).collect();
         assert_eq!(first, [2, 1, 1, 0, 1, 0, 2, 1]);
         assert_eq!(hash_client("192.0.2.1:4711".parse().unwrap()) % 65_537, 24_986);
+    }
+
+    #[test]
+    fn o21_a_second_level_spreads_what_the_first_gives_it_whatever_the_names() {
+        // The worst case: both levels have the same table.
+        let table = Maglev::new(&members(&[1; 4])).unwrap();
+        let clients =
+            (0..40_000u32).map(|n| SocketAddr::new([10, 1, (n >> 8) as u8, n as u8].into(), 50_000));
+        let below: Vec<u64> =
+            clients.map(hash_client).filter(|hash| table.lookup(*hash).index() == 0).collect();
+        let spread = |level| {
+            let mut counts = [0; 4];
+            below.iter().for_each(|hash| counts[table.lookup(at_level(*hash, level)).index()] += 1);
+            counts
+        };
+        assert_eq!(spread(0), [below.len(), 0, 0, 0], "the same part of the hash: one server gets all");
+        for level in 1..=crate::config::MAX_LEVEL {
+            let counts = spread(level);
+            println!("level {level}: {counts:?}");
+            assert!(counts.iter().all(|count| *count * 5 > below.len()), "{counts:?}");
+        }
     }
 
     #[test]

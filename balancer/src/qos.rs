@@ -91,8 +91,8 @@ fn ports(config: &Config, vip: IpAddr, by: Transport) -> Ports {
     for (index, service) in reached {
         ports[usize::from(service.redirect_port)].shared = index as u16 + 1;
         let owned = config.servers.iter().flat_map(|server| &server.ports);
-        for (_, port) in owned.filter(|(of, _)| *of == index) {
-            ports[usize::from(*port)].owned = index as u16 + 1;
+        for port in owned.filter(|(of, _)| *of == index).flat_map(|(_, range)| range.ports()) {
+            ports[usize::from(port)].owned = index as u16 + 1;
         }
     }
     ports.into()

@@ -117,6 +117,8 @@ pub struct Table {
     pub(crate) protocols: BTreeMap<u8, Portless>,
     pub(crate) icmp: IcmpRules,
     pub(crate) limits: Limits,
+    /// On which level of a tree hashes are read.
+    pub(crate) level: u8,
     /// Sorted by address.
     vips: Box<[Vip]>,
     sets: Box<[Set]>,
@@ -165,6 +167,7 @@ impl Table {
             protocols: config.protocols.clone(),
             icmp: config.icmp.clone(),
             limits: config.limits,
+            level: config.level,
             sets,
             taking: builder.taking.into(),
             unreachable: (0..config.servers.len()).map(|index| unfit.is_unreachable(index)).collect(),
@@ -368,6 +371,7 @@ impl SetBuilder<'_> {
             key: self.key,
             slow_start: service.traffic.slow_start,
             load_max_age: self.config.load_max_age,
+            level: self.config.level,
         };
         let name = match (udp, service.policy) {
             (Some(name), _) => return datagram_policy(name, &candidates, || self.maglev(members), terms),
@@ -392,10 +396,9 @@ fn ports(config: &Config, address: IpAddr, transport: Transport) -> Box<[Port]> 
         }
     }
     for (index, server) in config.servers.iter().enumerate().filter(|(_, server)| server.serves(family)) {
-        for (service, port) in &server.ports {
-            if config.services[*service].is_reached(address, transport) {
-                ports[usize::from(*port)].owner = index as u16 + 1;
-            }
+        let reached = |(service, _): &&(usize, _)| config.services[*service].is_reached(address, transport);
+        for port in server.ports.iter().filter(reached).flat_map(|(_, range)| range.ports()) {
+            ports[usize::from(port)].owner = index as u16 + 1;
         }
     }
     ports

@@ -228,6 +228,16 @@ impl PortRange {
         self.last
     }
 
+    /// Whether a port is one of them.
+    pub const fn contains(self, port: u16) -> bool {
+        self.first <= port && port <= self.last
+    }
+
+    /// The ports, from the lowest on.
+    pub fn ports(self) -> std::ops::RangeInclusive<u16> {
+        self.first..=self.last
+    }
+
     /// Sorted ranges that neither overlap nor touch, of the same ports.
     pub fn merged(ranges: impl IntoIterator<Item = PortRange>) -> Vec<PortRange> {
         let mut sorted: Vec<PortRange> = ranges.into_iter().collect();

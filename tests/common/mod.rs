@@ -12,6 +12,7 @@
 pub mod datagrams;
 mod programs;
 pub mod service;
+pub mod tape;
 mod traffic;
 
 use std::fmt::Write as _;
@@ -90,6 +91,8 @@ pub struct Options {
     pub taps: bool,
     /// Each server has a link of its own to the balancer, `back1` and so on, that can be pulled out (`forward = "direct"`).
     pub connectors: bool,
+    /// Below the balancer are two hosts, `lower1` and `lower2`, each with half of the servers (`forward = "direct"`).
+    pub tree: bool,
     /// Started at once: balancer and agents.
     pub start: bool,
 }
@@ -105,6 +108,7 @@ impl Default for Options {
             narrow: None,
             taps: false,
             connectors: false,
+            tree: false,
             start: true,
         }
     }
@@ -141,6 +145,8 @@ pub struct Net {
     /// What servers, balancer and their way back to clients are plugged into, with `forward = "datalink"`; with
     /// `connectors` what lies between the balancer and each server.
     pub switch: Option<Host>,
+    /// The hosts below the balancer in a tree, and the links to them; Forward is down.
+    pub lowers: Vec<(Host, ImpairedLink)>,
     /// The routers at both ends of the narrow link, seen from the client.
     pub narrow: Vec<Host>,
     pub access: Option<ImpairedLink>,
@@ -181,6 +187,7 @@ impl Net {
             middle,
             balancer,
             switch: None,
+            lowers: Vec::new(),
             narrow: Vec::new(),
             access,
             options,
@@ -195,6 +202,9 @@ impl Net {
         }
         if net.options.forward == "datalink" {
             net.plug_switch();
+        }
+        if net.options.tree {
+            net.grow();
         }
         if net.options.connectors {
             net.switch = Some(net.lab.host("patch").expect("a namespace"));
@@ -290,10 +300,34 @@ impl Net {
         self.switch = Some(switch);
     }
 
-    /// The host that the servers are linked to.
-    fn servers_router(&self) -> &Host {
+    /// balancer - lower1, lower2; each with 10.3.0.1 towards its servers.
+    fn grow(&mut self) {
+        for number in 1..=2 {
+            let host = self.lab.host(&format!("lower{number}")).expect("a namespace");
+            let (down, clean) = (format!("down{number}"), Impairment::default());
+            let link =
+                self.lab.impaired_link(&self.balancer, &down, &host, "up0", clean).expect("an impaired link");
+            for (host, device, last) in [(&self.balancer, down.as_str(), 1), (&host, "up0", 2)] {
+                host.address(device, &format!("10.{}.0.{last}/24", 10 + number)).expect("an address");
+                host.address(device, &format!("fd00:{}::{last}/64", 10 + number)).expect("an address");
+            }
+            route_both(&host, &format!("10.{}.0.1", 10 + number), &format!("fd00:{}::1", 10 + number));
+            host.sysctl("net.ipv4.ip_forward", "1").expect("a sysctl");
+            host.sysctl("net.ipv6.conf.all.forwarding", "1").expect("a sysctl");
+            self.lowers.push((host, link));
+        }
+    }
+
+    /// The lower host of a server, in a tree.
+    pub fn lower_of(&self, number: u16) -> usize {
+        usize::from(number > self.options.servers / 2)
+    }
+
+    /// The host that a server is linked to.
+    fn router_of(&self, number: u16) -> &Host {
         match self.options.narrow {
             Some(Narrow::Servers) => &self.narrow[1],
+            _ if self.options.tree => &self.lowers[self.lower_of(number)].0,
             _ => self.switch.as_ref().unwrap_or(&self.balancer),
         }
     }
@@ -301,7 +335,7 @@ impl Net {
     fn add_server(&mut self, number: u16) {
         let host = self.lab.host(&format!("s{number}")).expect("a namespace");
         let port = format!("back{number}");
-        let router = self.servers_router();
+        let router = self.router_of(number);
         let link = self.options.taps.then(|| {
             let clean = Impairment::default();
             self.lab.impaired_link(router, &port, &host, "eth0", clean).expect("an impaired link")
@@ -313,7 +347,7 @@ impl Net {
         router.bridge(&bridge, &[&port]).expect("a bridge port");
         if self.options.connectors {
             self.plug(number);
-        } else if number == 1 && self.switch.is_none() {
+        } else if self.switch.is_none() && self.is_first(number) {
             router.address("br0", "10.3.0.1/24").expect("an address");
             router.address("br0", "fd00:3::1/64").expect("an address");
         }
@@ -332,6 +366,11 @@ impl Net {
         };
         route_both(&server.host, v4, v6);
         self.servers.push(server);
+    }
+
+    /// Whether it is the first server of its router.
+    fn is_first(&self, number: u16) -> bool {
+        number == 1 || self.options.tree && self.lower_of(number) != self.lower_of(number - 1)
     }
 
     /// Puts in the link from the balancer to a server.

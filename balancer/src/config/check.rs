@@ -12,8 +12,8 @@ use super::file::{Addresses, File, LimitsTable, ServerTable, ServiceTable, Timer
 use super::health::CheckTable;
 use super::{
     Class, Config, ForwardMode, Legacy, Limits, MAX_DIRECT_SERVERS, MAX_FRAGMENT_LIFETIME, MAX_FRAGMENTS,
-    MAX_SERVERS, MAX_SERVICES, MAX_VIPS, MAX_WEIGHT, PolicyName, Server, Service, Transport, UdpPolicy,
-    portless,
+    MAX_LEVEL, MAX_SERVERS, MAX_SERVICES, MAX_VIPS, MAX_WEIGHT, PolicyName, Server, Service, Transport,
+    UdpPolicy, portless, ports,
 };
 
 pub(super) type Result<T> = std::result::Result<T, ConfigError>;
@@ -60,6 +60,7 @@ pub(super) fn check(source: &Source) -> Result<Config> {
         protocols,
         icmp,
         limits,
+        level: checker.level(file.level.as_ref())?,
         classes,
         load_max_age: checker.seconds(file.load_max_age_s.as_ref(), 30)?,
         packets_half_life: checker.seconds(file.packets_half_life_s.as_ref(), 10)?,
@@ -230,6 +231,14 @@ impl Checker<'_> {
         Ok(own)
     }
 
+    fn level(&self, written: Option<&Spanned<u8>>) -> Result<u8> {
+        let Some(level) = written else { return Ok(0) };
+        if *level.get_ref() > MAX_LEVEL {
+            return self.fail(level.span(), format!("a tree of balancers has levels 0 to {MAX_LEVEL}"));
+        }
+        Ok(*level.get_ref())
+    }
+
     fn port(&self, port: &Spanned<u16>) -> Result<()> {
         if *port.get_ref() == 0 { self.fail(port.span(), "port 0 cannot be used") } else { Ok(()) }
     }
@@ -313,46 +322,6 @@ impl Checker<'_> {
         Ok(list.clone())
     }
 
-    fn ports(&self, table: &ServerTable, services: &[Service]) -> Result<Vec<(usize, u16)>> {
-        let mut ports = Vec::with_capacity(table.ports.len());
-        for (name, port) in &table.ports {
-            let Some(service) = services.iter().position(|service| service.name == *name.get_ref()) else {
-                return self.fail(name.span(), format!("there is no service named {:?}", name.get_ref()));
-            };
-            self.port(port)?;
-            ports.push((service, *port.get_ref()));
-        }
-        Ok(ports)
-    }
-
-    /// Y belongs to one server and stands for one redirect port, on every VIP.
-    fn service_ports_are_unique(&self, file: &File, services: &[Service], servers: &[Server]) -> Result<()> {
-        let mut owners: HashMap<(IpAddr, Transport, u16), &str> = HashMap::new();
-        for (table, server) in file.server.iter().zip(servers) {
-            for (written, (service, port)) in table.ports.values().zip(&server.ports) {
-                let service = &services[*service];
-                let all =
-                    service.vips.iter().flat_map(|vip| service.protocols.iter().map(move |of| (*vip, *of)));
-                for (vip, protocol) in all {
-                    if !server.serves(Family::of(vip)) {
-                        continue;
-                    }
-                    if let Some(owner) = owners.insert((vip, protocol, *port), &server.name) {
-                        let message = if owner == server.name {
-                            format!(
-                                "service port {port} of {vip} stands for another service of this server already"
-                            )
-                        } else {
-                            format!("service port {port} of {vip} is the server {owner:?}'s already")
-                        };
-                        return self.fail(written.span(), message);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
     fn named_server(&self, name: Option<&Spanned<String>>, servers: &[Server]) -> Result<Option<usize>> {
         let Some(name) = name else { return Ok(None) };
         match servers.iter().position(|server| server.name == *name.get_ref()) {
@@ -370,13 +339,14 @@ impl Checker<'_> {
                 continue;
             }
             let table = &file.server[way.server];
-            let owned = table.ports.values().find(|port| *port.get_ref() == way.port).map(Spanned::span);
-            let shared = config.servers[way.server].ports.iter().position(|(service, _)| {
-                let service = &config.services[*service];
-                service.redirect_port == way.port && service.vips.contains(&way.vip)
-            });
-            let span = owned
-                .or_else(|| table.ports.values().nth(shared?).map(Spanned::span))
+            let shared =
+                |service: &Service| service.redirect_port == way.port && service.vips.contains(&way.vip);
+            let shared = config.services.iter().find(|service| shared(service)).map(|service| &service.name);
+            let span = ports::span_of(table, way.port)
+                .or_else(|| {
+                    let of = |(name, _): &(&Spanned<String>, _)| Some(name.get_ref()) == shared;
+                    table.ports.iter().find(of).map(|(_, written)| written.span())
+                })
                 .unwrap_or_else(|| table.name.span());
             let from = match way.port {
                 0 => format!("by protocol {}", way.protocol),

@@ -12,6 +12,7 @@ use toml::Spanned;
 
 use super::health::CheckTable;
 use super::portless::{IcmpTable, ProtocolTable};
+use super::ports::Ports;
 use super::traffic::{ClassTable, LimitTable, PatternTable, StatisticsTable};
 use super::{ForwardMode, Legacy, PolicyName, State, Transport, UdpPolicy};
 
@@ -27,6 +28,8 @@ pub(super) struct File {
     pub(super) forward: ForwardMode,
     #[serde(default)]
     pub(super) link: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) level: Option<Spanned<u8>>,
     #[serde(default)]
     pub(super) default_server: Option<Spanned<String>>,
     #[serde(default)]
@@ -112,7 +115,7 @@ pub(super) struct ServerTable {
     #[serde(default)]
     pub(super) state: State,
     #[serde(default)]
-    pub(super) ports: BTreeMap<Spanned<String>, Spanned<u16>>,
+    pub(super) ports: BTreeMap<Spanned<String>, Spanned<Ports>>,
     #[serde(default)]
     pub(super) device: Option<Spanned<String>>,
     #[serde(default)]

@@ -6,6 +6,7 @@ mod check;
 mod file;
 mod health;
 mod portless;
+pub(crate) mod ports;
 mod reach;
 #[cfg(test)]
 mod tests;
@@ -41,6 +42,8 @@ pub const MAX_DIRECT_SERVERS: usize = 500;
 pub const MAX_FRAGMENTS: usize = 1 << 20;
 /// The longest that a fragmented datagram can be remembered: longer than any host waits for the rest of one.
 pub const MAX_FRAGMENT_LIFETIME: Duration = Duration::from_secs(300);
+/// The deepest level of a tree of balancers, counted from 0: each reads another part of the clients' hashes.
+pub const MAX_LEVEL: u8 = 3;
 /// The largest weight.
 pub const MAX_WEIGHT: u32 = 65_535;
 
@@ -174,8 +177,8 @@ pub struct Server {
     /// From 1 to [`MAX_WEIGHT`].
     pub(crate) weight: u32,
     pub(crate) state: State,
-    /// (index of the service, service port).
-    pub(crate) ports: Vec<(usize, u16)>,
+    /// (index of the service, service ports); several of one service where what is there is a balancer itself.
+    pub(crate) ports: Vec<(usize, PortRange)>,
     /// The interface towards it, in `direct` and `datalink` mode.
     pub(crate) device: Option<String>,
     /// Next hops on that interface, at most one per family.
@@ -224,6 +227,8 @@ pub struct Config {
     pub(crate) protocols: BTreeMap<u8, Portless>,
     pub(crate) icmp: IcmpRules,
     pub(crate) limits: Limits,
+    /// Which level of a tree of balancers this one is on, from 0 to [`MAX_LEVEL`].
+    pub(crate) level: u8,
     /// Traffic classes, each with servers of its own.
     pub(crate) classes: Vec<Class>,
     /// How old a load may be to count.
@@ -327,7 +332,7 @@ impl Config {
             // What no rule places may meet the default server on any redirect port.
             let any = self.default_server == Some(index) || self.legacy_server == Some(index);
             for (number, service) in self.services.iter().enumerate() {
-                let owned = server.ports.iter().filter(|(of, _)| *of == number).map(|(_, port)| *port);
+                let owned = server.ports_of(number).flat_map(PortRange::ports);
                 let member = any || server.ports.iter().any(|(of, _)| *of == number);
                 let ports = owned.chain(member.then_some(service.redirect_port));
                 let of_protocol = |port| service.protocols.iter().map(move |of| (of.number(), port));

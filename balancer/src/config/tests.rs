@@ -504,6 +504,45 @@ fn o19_servers_on_a_shared_link_need_an_address_there_and_the_link() {
 }
 
 #[test]
+fn o21_a_server_may_own_several_ports_and_ranges_of_them() {
+    let with = |ports: &str| parse(&GOOD.replace("{ web = 41001 }", &format!("{{ web = {ports} }}")));
+    let ranges = |ports: &str| -> Vec<String> {
+        with(ports).unwrap().servers[0].ports_of(0).map(|range| range.to_string()).collect()
+    };
+    assert_eq!(ranges("41001"), ["41001"]);
+    assert_eq!(ranges("\"41001\""), ["41001"]);
+    assert_eq!(ranges("\"41010-41019\""), ["41010-41019"]);
+    assert_eq!(ranges("[41001, \"41010-41019\", 41003]"), ["41001", "41010-41019", "41003"]);
+    assert_eq!(with("41001").unwrap().servers[0].port(0), Some(41001));
+    assert_eq!(with("[41001, 41003]").unwrap().servers[0].port(0), None);
+    assert_eq!(with("\"41010-41011\"").unwrap().servers[0].port(0), None);
+    for (ports, told) in [
+        ("[]", "a service port is missing"),
+        ("[41001, 0]", "port 0"),
+        ("\"0-7\"", "port 0"),
+        ("70000", "invalid value"),
+        ("-1", "invalid value"),
+        ("\"41019-41010\"", "a range of ports as"),
+        ("\"41010-\"", "a range of ports as"),
+        ("true", "a range of ports as"),
+        ("[41001, 41001]", "service port 41001 of 203.0.113.10 stands for another service of this server"),
+        ("[\"41010-41019\", \"41000-41010\"]", "service port 41010 of"),
+    ] {
+        let error = with(ports).unwrap_err();
+        assert!(error.message().contains(told), "{ports}: {error}");
+        assert_eq!(error.line(), Some(16), "{ports}: {error}");
+    }
+    // The second server's port lies within the first one's.
+    let error = with("\"41000-41009\"").unwrap_err();
+    assert!(error.message().contains("41002 of 203.0.113.10 is the server \"web-1\"'s already"), "{error}");
+    assert_eq!(error.line(), Some(22), "{error}");
+    let deep = GOOD.replace("legacy = \"hash\"", "level = 4");
+    let error = parse(&deep).unwrap_err();
+    assert!(error.line() == Some(3) && error.message().contains("levels 0 to 3"), "{error}");
+    assert_eq!(parse(&deep.replace("level = 4", "level = 3")).unwrap().level, 3);
+}
+
+#[test]
 fn in_direct_mode_health_is_not_looked_at_and_the_file_is_told_so() {
     let direct = "role = \"balancer\"\nvips = [\"203.0.113.10\"]\nforward = \"direct\"\n[[service]]\nname = \"web\"\n\
                   redirect_port = 443\n";

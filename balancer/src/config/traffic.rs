@@ -301,7 +301,7 @@ impl Checker<'_> {
                 let message = format!("{number} is the redirect port of the service {:?}", service.name);
                 return self.fail(port.span(), message);
             }
-            let owns = |server: &&Server| server.ports.iter().any(|(_, owned)| *owned == number);
+            let owns = |server: &&Server| server.ports.iter().any(|(_, owned)| owned.contains(number));
             if let Some(server) = servers.iter().find(owns) {
                 let message = format!("{number} is a service port of the server {:?}", server.name);
                 return self.fail(port.span(), message);

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
+use crate::config::ports::Ports;
 use crate::config::{Check, Config, ForwardMode, Legacy, PolicyName, State};
 use crate::connectors::Connectors;
 use crate::health::{self, CheckReport, Monitor};
@@ -47,8 +48,8 @@ struct ServerShow<'a> {
     /// `unhealthy` if any of its ports is, `unknown` if none is and one is not known yet; none if none is looked at.
     health: Option<health::State>,
     weight: u32,
-    /// Service port by service.
-    ports: BTreeMap<&'a str, u16>,
+    /// Service ports by service.
+    ports: BTreeMap<&'a str, Ports>,
     #[serde(skip_serializing_if = "Option::is_none")]
     agent: Option<SocketAddr>,
     checks: Vec<CheckReport>,
@@ -71,7 +72,10 @@ pub(super) fn show<'a>(
             let health = any(health::State::Unhealthy)
                 .or_else(|| any(health::State::Unknown))
                 .or_else(|| any(health::State::Healthy));
-            let port = |(service, port): &(usize, u16)| (config.services[*service].name.as_str(), *port);
+            let mut ports: BTreeMap<&str, Ports> = BTreeMap::new();
+            for (service, range) in &server.ports {
+                ports.entry(config.services[*service].name.as_str()).or_default().0.push(*range);
+            }
             ServerShow {
                 name: &server.name,
                 addresses: &server.addresses,
@@ -80,7 +84,7 @@ pub(super) fn show<'a>(
                 state: server.state,
                 health,
                 weight: server.weight,
-                ports: server.ports.iter().map(port).collect(),
+                ports,
                 agent: server.agent,
                 counters: counters.servers.get(&server.name).copied().unwrap_or_default(),
                 checks,

@@ -263,8 +263,11 @@ impl Monitor {
 /// The service ports to be looked at, with the indices of server and service.
 fn wanted(config: &Config) -> impl Iterator<Item = (usize, usize, Key, &Check)> {
     config.servers.iter().enumerate().flat_map(move |(index, server)| {
-        server.ports.iter().flat_map(move |(service, port)| {
-            let of = &config.services[*service];
+        // Where others are behind the server, it is they who are healthy or not, and a balancer there that knows.
+        let alone = |service: &usize| server.port(*service).map(|port| (*service, port));
+        let services = 0..config.services.len();
+        services.filter_map(move |service| alone(&service)).flat_map(move |(service, port)| {
+            let of = &config.services[service];
             let serves = |address: &&std::net::IpAddr| {
                 of.vips.iter().any(|vip| Family::of(*vip) == Family::of(**address))
             };
@@ -274,9 +277,9 @@ fn wanted(config: &Config) -> impl Iterator<Item = (usize, usize, Key, &Check)> 
                     let key = Key {
                         server: server.name.clone(),
                         service: of.name.clone(),
-                        address: SocketAddr::new(*address, *port),
+                        address: SocketAddr::new(*address, port),
                     };
-                    (index, *service, key, check)
+                    (index, service, key, check)
                 })
             })
         })

@@ -123,6 +123,8 @@ pub(crate) struct Terms {
     pub(crate) slow_start: Duration,
     /// How old a load may be to count.
     pub(crate) load_max_age: Duration,
+    /// On which level of a tree hashes are read.
+    pub(crate) level: u8,
 }
 
 /// The policy of a name over `candidates`; `maglev` gives their Maglev table. `None` if there is no candidate.

@@ -7,13 +7,14 @@ use shunt_stack::time::Instant;
 
 use super::weights::{Drawn, Weights};
 use super::{Candidate, Request, Select, Terms};
-use crate::maglev::{Maglev, Member, hash_address, hash_flow};
+use crate::maglev::{Maglev, Member, at_level, hash_address, hash_flow};
 use crate::table::ServerId;
 
 #[derive(Debug)]
 pub(super) struct Hashed {
     table: Weights<Maglev>,
     hash: fn(&Request<'_>) -> u64,
+    level: u8,
 }
 
 impl Drawn for Maglev {
@@ -31,19 +32,19 @@ impl Hashed {
     /// By the client's address; `table` is that of the whole weights.
     pub(super) fn by_client(candidates: &[Candidate], table: Arc<Maglev>, terms: Terms) -> Hashed {
         let hash = |request: &Request<'_>| hash_address(request.client.ip());
-        Hashed { table: Weights::with(candidates, table, terms), hash }
+        Hashed { table: Weights::with(candidates, table, terms), hash, level: terms.level }
     }
 
     /// By both addresses and ports.
     pub(super) fn by_flow(candidates: &[Candidate], table: Arc<Maglev>, terms: Terms) -> Hashed {
         let hash = |request: &Request<'_>| hash_flow(request.client, request.service);
-        Hashed { table: Weights::with(candidates, table, terms), hash }
+        Hashed { table: Weights::with(candidates, table, terms), hash, level: terms.level }
     }
 }
 
 impl Select for Hashed {
     fn select(&self, request: &Request<'_>) -> ServerId {
-        self.table.current().lookup((self.hash)(request))
+        self.table.current().lookup(at_level((self.hash)(request), self.level))
     }
 
     fn refresh(&self, now: Instant) -> Option<Instant> {

@@ -41,7 +41,8 @@ impl Bench {
             candidates[*index].live.begin(Instant::ZERO);
         }
         let members: Vec<Member> = candidates.iter().map(|candidate| candidate.member.clone()).collect();
-        let terms = Terms { key: SelectKey([7; 16]), slow_start, load_max_age: Duration::from_secs(30) };
+        let terms =
+            Terms { key: SelectKey([7; 16]), slow_start, load_max_age: Duration::from_secs(30), level: 0 };
         let maglev = || Maglev::new(&members).map(Arc::new);
         let policy = policy(name, &candidates, maglev, terms).unwrap();
         let next = policy.refresh(Instant::ZERO);
