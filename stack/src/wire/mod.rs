@@ -5,6 +5,7 @@
 
 pub mod checksum;
 mod error;
+pub mod gue;
 mod icmp;
 mod ip;
 mod option;
@@ -16,6 +17,7 @@ mod tcp;
 mod tcp_option;
 #[cfg(test)]
 mod tests;
+mod too_big;
 
 pub use error::{OptionError, ParseError, Rejected};
 pub use icmp::{IcmpView, Quoted};
@@ -27,3 +29,4 @@ pub use segment::{Segment, icmp_message};
 pub use seq::SeqNumber;
 pub use tcp::{TcpFlags, TcpView};
 pub use tcp_option::{TcpOption, TcpOptions};
+pub use too_big::too_big;

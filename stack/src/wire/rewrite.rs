@@ -99,6 +99,21 @@ impl Packet {
         }
     }
 
+    /// Rewrites the ECN bits (RFC 3168), of which only the low 2 bits count; the DSCP stays.
+    pub fn set_ecn(&mut self, ecn: u8) {
+        let bits = u16::from(ecn & 3);
+        let word = be16(&self.buffer, 0);
+        match self.layout.version {
+            Version::V4 => {
+                let change = self.put(0, &(word & 0xfffc | bits).to_be_bytes());
+                self.patch_word(10, |checksum| change.update(checksum));
+            }
+            Version::V6 => {
+                self.put(0, &(word & 0xffcf | bits << 4).to_be_bytes());
+            }
+        }
+    }
+
     fn put_port(&mut self, offset: usize, port: u16) {
         if self.ports().is_some() {
             let change = self.put(self.layout.transport + offset, &port.to_be_bytes());

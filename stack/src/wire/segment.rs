@@ -80,7 +80,13 @@ impl Segment<'_> {
 }
 
 /// An IP header without options, for `length` bytes of `protocol`.
-fn put_ip_header(buffer: &mut BytesMut, source: IpAddr, destination: IpAddr, protocol: u8, length: usize) {
+pub(super) fn put_ip_header(
+    buffer: &mut BytesMut,
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    length: usize,
+) {
     match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             let total = u16::try_from(IPV4_LEN + length).expect("the payload fits a packet");
