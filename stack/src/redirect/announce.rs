@@ -21,7 +21,7 @@ pub(crate) struct Announcement {
     option: RedirectOption,
     /// Where the local TCP stands, as far as it is known: without, nothing is made up.
     known: Option<ConnectionNumbers>,
-    /// Duplicate ACKs since the local TCP last sent a segment.
+    /// Duplicate ACKs in a row, ours and the local TCP's own, since it last said anything new.
     row: u8,
     next: Instant,
 }
@@ -43,6 +43,9 @@ impl Announcement {
             return false;
         }
         let end = tcp.seq() + tcp.sequence_len();
+        // What RFC 5681 §2 counts as one, and what may be one to a peer that has heard more than is known here.
+        let duplicate = tcp.sequence_len() == 0
+            && self.known.is_none_or(|known| known.rcv_nxt == tcp.ack() && known.window == tcp.window());
         let timestamps = tcp.timestamps().map(|(sent, recent)| Timestamps { recent, echoed: recent, sent });
         self.known = Some(ConnectionNumbers {
             snd_una: self.known.map_or(tcp.seq(), |known| known.snd_una),
@@ -52,14 +55,26 @@ impl Announcement {
             window: tcp.window(),
             timestamps,
         });
-        self.row = 0;
+        if duplicate {
+            self.count(now);
+        } else {
+            self.row = 0;
+        }
         // A second copy would make the receiver ignore both (W1).
         let fits = tcp.redirect(exid) == Ok(None);
         let said = fits && packet.insert_redirect_fitting(exid, &self.option, false, mtu).is_ok();
-        if said {
+        if said && !duplicate {
             self.next = now + REPEAT;
         }
         said
+    }
+
+    /// One more duplicate ACK.
+    fn count(&mut self, now: Instant) {
+        self.row += 1;
+        let ends = self.row >= DUPLICATE_ACKS;
+        self.next = now + if ends { PAUSE } else { REPEAT };
+        self.row %= DUPLICATE_ACKS;
     }
 
     /// The duplicate ACK that is due, if one is and something is known to duplicate.
@@ -73,10 +88,7 @@ impl Announcement {
         if now < self.next {
             return None;
         }
-        self.row += 1;
-        let ends = self.row >= DUPLICATE_ACKS;
-        self.next = now + if ends { PAUSE } else { REPEAT };
-        self.row %= DUPLICATE_ACKS;
+        self.count(now);
         let mut packet = self.known?.duplicate_ack(source, destination);
         packet.insert_redirect_fitting(exid, &self.option, false, mtu).is_ok().then_some(packet)
     }

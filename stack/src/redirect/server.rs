@@ -42,6 +42,8 @@ use redirection::Redirection;
 
 /// Packets of our own that wait for the driver, at most.
 const TRANSMIT_QUEUE: usize = 64;
+/// Packets that one deadline of a connection makes, at most.
+const TRANSMITS_OF_A_TIMER: usize = 3;
 /// Events that wait for the driver, at most.
 const EVENT_QUEUE: usize = 1024;
 
@@ -235,10 +237,12 @@ impl Server {
     /// What the machine sends of its own; drain after every `handle_*` and at every deadline.
     pub fn poll_transmit(&mut self, now: Instant) -> Option<Transmit> {
         self.counters.half_open_expired += self.half_open.expire(now);
-        while let Some((at, key)) = self.timers.first().copied() {
-            if at > now {
-                break;
-            }
+        // What there is no room for now comes with the next call.
+        while self.transmits.len() + TRANSMITS_OF_A_TIMER <= TRANSMIT_QUEUE
+            && self.events.len() < EVENT_QUEUE
+            && let Some((at, key)) = self.timers.first().copied()
+            && at <= now
+        {
             self.unschedule(key);
             if self.redirections.contains_key(&key) {
                 self.on_redirection_timer(now, key, self.wire_ends(key));

@@ -184,6 +184,36 @@ fn o7_a_silent_connection_is_asked_by_duplicate_acks_two_in_a_row_at_most() {
 }
 
 #[test]
+fn o7_a_duplicate_ack_of_the_local_tcp_is_one_of_the_two() {
+    let mut world = world(true);
+    world.redirect(None).unwrap();
+    // As Linux answers a segment out of its window: for all that is known here, the client has seen it before.
+    for _ in 0..2 {
+        let ack = world.segment(TcpFlags::default(), 9100, 500, &[]);
+        assert_eq!(option_of(&world.local(ack)), Some(asking()));
+    }
+    assert!(world.run(Duration::from_millis(990)).is_empty(), "three in a row");
+    assert_eq!(world.run(Duration::from_millis(500)).len(), 2);
+}
+
+#[test]
+fn o7_connections_that_are_due_at_once_are_all_asked_by_and_by() {
+    let mut world = world(true);
+    for port in 0..500 {
+        let client = SocketAddr::new(world.client.ip(), 50_001 + port);
+        let to = SocketAddr::new(world.service.ip(), Z);
+        world.server.redirect_connection(world.now, client, world.service, to, Some(NUMBERS)).unwrap();
+    }
+    let mut asked = BTreeMap::new();
+    while world.server.poll_timeout().is_some_and(|at| at <= world.now) {
+        while let Some(transmit) = world.server.poll_transmit(world.now) {
+            *asked.entry(transmit.packet.destination_socket()).or_insert(0) += 1;
+        }
+    }
+    assert_eq!((asked.len(), asked.values().max(), world.server.counters().overflowed), (500, Some(&1), 0));
+}
+
+#[test]
 fn without_numbers_nothing_is_made_up_until_a_segment_has_passed() {
     let mut world = world(true);
     world.redirect(None).unwrap();
