@@ -2,7 +2,7 @@
 //!
 //! Marked packets go where the caller's policy rules send the mark.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +99,15 @@ pub struct PacketMatch {
     pub source: Vec<IpAddr>,
 }
 
+/// A TCP connection of this host; both addresses of one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct TcpConnection {
+    /// This host's socket.
+    pub local: SocketAddr,
+    /// The peer's.
+    pub remote: SocketAddr,
+}
+
 /// Which packets get a mark, in one nftables table of our own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Divert {
@@ -117,6 +126,9 @@ pub struct Divert {
     /// Marked on arrival.
     #[serde(default)]
     pub packets: Vec<PacketMatch>,
+    /// Every segment of these is marked: on arrival, and when this host sends it.
+    #[serde(default)]
+    pub connections: Vec<TcpConnection>,
     /// Kept out of connection tracking on arrival, from whatever interface.
     pub untracked_incoming: Vec<SegmentMatch>,
     /// Kept out of connection tracking when this host sends them.

@@ -60,7 +60,7 @@ mod tests;
 
 pub use change::Change;
 pub use config::{ConfigError, Role, Source, expect_role, load, role_of};
-pub use divert::{Divert, FlagMatch, PacketKind, PacketMatch, QuotedMatch, SegmentMatch};
+pub use divert::{Divert, FlagMatch, PacketKind, PacketMatch, QuotedMatch, SegmentMatch, TcpConnection};
 pub use error::HostError;
 pub use host::{DEFAULT_STATE_DIR, Host};
 pub use namespace::namespace_id;

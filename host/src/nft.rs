@@ -9,7 +9,7 @@ use nlink::netlink::nftables::{
     PayloadBase, Priority, Register, Rule, Set, SetElement, SetKeyType, TcpFlags, Transaction,
 };
 
-use crate::divert::{Divert, PacketKind, PacketMatch, QuotedMatch, SegmentMatch};
+use crate::divert::{Divert, PacketKind, PacketMatch, QuotedMatch, SegmentMatch, TcpConnection};
 use crate::error::{HostError, absent};
 use crate::prefix::{Family, PortRange, Prefix, Transport};
 
@@ -156,6 +156,9 @@ impl<'a> Build<'a> {
                 self.segment(chain, segment, mark)?;
             }
         }
+        for family in Family::BOTH {
+            self.connections(family, &divert.connections, mark);
+        }
         for quoted in &divert.icmp {
             for family in Family::BOTH {
                 self.quoted(family, quoted, mark)?;
@@ -190,11 +193,16 @@ impl<'a> Build<'a> {
                 !(divert.incoming.is_empty()
                     && divert.icmp.is_empty()
                     && divert.packets.is_empty()
+                    && divert.connections.is_empty()
                     && divert.except_interface.is_none()),
                 PREROUTING,
                 BaseChain::filter(FilterHook::Prerouting, Priority::Mangle),
             ),
-            (!divert.outgoing.is_empty(), OUTPUT, BaseChain::route(Priority::Mangle)),
+            (
+                !(divert.outgoing.is_empty() && divert.connections.is_empty()),
+                OUTPUT,
+                BaseChain::route(Priority::Mangle),
+            ),
             (
                 !divert.untracked_incoming.is_empty(),
                 RAW_PREROUTING,
@@ -261,6 +269,28 @@ impl<'a> Build<'a> {
             self.rules.push(then(rule));
         }
         Ok(())
+    }
+
+    /// Both directions of the connections of one family, by one set of their four numbers.
+    fn connections(&mut self, family: Family, list: &[TcpConnection], then: impl Fn(Rule) -> Rule) {
+        let of_family = list.iter().filter(|connection| Family::of(connection.local.ip()) == family);
+        let elements: Vec<SetElement> = of_family.map(|connection| four_numbers(*connection)).collect();
+        if elements.is_empty() {
+            return;
+        }
+        let address = match family {
+            Family::V4 => SetKeyType::Ipv4Addr,
+            Family::V6 => SetKeyType::Ipv6Addr,
+        };
+        let end = [address, SetKeyType::InetService];
+        let set = self.set(SetKeyType::Concat([end.clone(), end].concat()), false, elements);
+        for (chain, local, remote) in
+            [(PREROUTING, End::Destination, End::Source), (OUTPUT, End::Source, End::Destination)]
+        {
+            let of = |end: End| [end.address(family), end.port(Transport::Tcp)];
+            let rule = self.rule(chain).match_concat_in_set(&[of(local), of(remote)].concat(), &set);
+            self.rules.push(then(rule));
+        }
     }
 
     fn addresses(
@@ -428,6 +458,18 @@ impl<'a> Build<'a> {
         self.sets.push((set, elements));
         name
     }
+}
+
+/// A connection as the key of a set.
+fn four_numbers(connection: TcpConnection) -> SetElement {
+    let parts = [connection.local, connection.remote].map(|end| {
+        let address = match end.ip() {
+            IpAddr::V4(v4) => SetElement::ipv4(v4),
+            IpAddr::V6(v6) => SetElement::ipv6(v6),
+        };
+        [address, SetElement::port(end.port())]
+    });
+    SetElement::concat(parts.into_iter().flatten())
 }
 
 fn transport(offset: u32, len: u32) -> Expr {

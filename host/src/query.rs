@@ -162,7 +162,19 @@ impl TcpSockets {
     pub async fn served_at(locals: &HashSet<SocketAddr>) -> Result<Self, HostError> {
         use TcpState::{CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, NewSynRecv, SynRecv};
         let states = [SynRecv, NewSynRecv, Established, FinWait1, FinWait2, CloseWait, Closing, LastAck];
-        let pairs = tcp_sockets(&states)
+        Self::at(locals, &states).await
+    }
+
+    /// Those of the local sockets in `locals` that neither end has closed; IPv4-mapped addresses count as IPv4.
+    ///
+    /// # Errors
+    /// The kernel does not answer (`sock_diag` missing).
+    pub async fn established_at(locals: &HashSet<SocketAddr>) -> Result<Self, HostError> {
+        Self::at(locals, &[TcpState::Established]).await
+    }
+
+    async fn at(locals: &HashSet<SocketAddr>, states: &[TcpState]) -> Result<Self, HostError> {
+        let pairs = tcp_sockets(states)
             .await?
             .iter()
             .map(|socket| (canonical(socket.local), canonical(socket.remote)))

@@ -1,6 +1,8 @@
 //! The driver: one device, one machine, one loop.
 
-use std::collections::BTreeSet;
+mod moving;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::io::Read;
 use std::net::IpAddr;
@@ -18,9 +20,10 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until};
 
 use crate::config::{Config, DivertMode};
-use crate::control::{Asked, Desk};
+use crate::control::{Asked, Desk, ShowFacts};
 use crate::error::Error;
 use crate::listeners::Watch;
+use crate::moves::Moves;
 use crate::setup::{self, Facts};
 
 /// The name of the agent's session on its host: its state files and its nftables table are called after it.
@@ -79,11 +82,12 @@ async fn serve(
     let mut server = Server::new(machine(&config, &facts)?);
     let mut watch = Watch::default();
     watch.look(&config, &mut server).await;
-    host.apply(setup::changes(&config, &facts)).await?;
+    host.apply(setup::changes(&config, &facts, &[])).await?;
     warn_of_surprises(&config, &facts).await;
     let agent = Agent {
         addresses: config.addresses.iter().copied().collect(),
         ticks: ticks(&config),
+        moves: Moves::new(config.moves),
         config,
         facts,
         host,
@@ -92,6 +96,8 @@ async fn serve(
         clock: Clock::start(),
         hangup,
         desk,
+        asked: Vec::new(),
+        drained: BTreeMap::new(),
         stats: AgentStats::default(),
         publish: options.stats,
     };
@@ -120,6 +126,8 @@ fn machine(config: &Config, facts: &Facts) -> Result<ServerConfig, Error> {
         half_open_lifetime: config.half_open_lifetime,
         mtu: facts.mtu as usize,
         max_hops: config.max_hops,
+        redirect_timeout: config.move_timeout,
+        on_silence: config.move_silence,
         ..ServerConfig::default()
     })
 }
@@ -157,6 +165,8 @@ pub struct AgentStats {
     pub malformed: u64,
     /// Not taken by the device when they were written back.
     pub unsent: u64,
+    /// Segments that made idle connections say where they stand, before they were asked to move.
+    pub probes: u64,
     /// What the protocol machine made of those it saw.
     pub server: ServerCounters,
 }
@@ -172,6 +182,11 @@ struct Agent<'a> {
     ticks: Interval,
     hangup: Signal,
     desk: Desk,
+    moves: Moves,
+    /// Who waits for the kernel to say which connections there are.
+    asked: Vec<moving::Waiting>,
+    /// Where new clients of drained services are sent.
+    drained: BTreeMap<String, u16>,
     stats: AgentStats,
     publish: Option<watch::Sender<AgentStats>>,
 }
@@ -181,7 +196,8 @@ impl Agent<'_> {
         let mut shutdown = pin!(shutdown);
         let mut buffer = BytesMut::with_capacity(usize::from(u16::MAX) + 1);
         loop {
-            let deadline = self.server.poll_timeout().map(|at| self.clock.timer(at));
+            let deadlines = [self.server.poll_timeout(), self.moves.poll_timeout()];
+            let deadline = deadlines.into_iter().flatten().min().map(|at| self.clock.timer(at));
             let due = async {
                 match deadline {
                     Some(at) => sleep_until(at).await,
@@ -197,7 +213,10 @@ impl Agent<'_> {
                     self.publish();
                 }
                 asked = self.desk.next() => self.answer(asked),
-                () = due => self.flush(&device).await,
+                () = due => {
+                    self.advance_moves(&device).await;
+                    self.flush(&device).await;
+                }
                 received = device.recv(&mut buffer) => {
                     let offload = received
                         .map_err(|error| Error::Read { name: device.name().to_owned(), error })?;
@@ -225,7 +244,7 @@ impl Agent<'_> {
             self.server.handle_remote(now, &mut packet)
         } else if self.addresses.contains(&packet.source()) {
             self.stats.packets += 1;
-            self.server.handle_local(now, &mut packet)
+            self.on_local(now, &mut packet)
         } else {
             self.stats.foreign += 1;
             Action::Drop
@@ -243,6 +262,7 @@ impl Agent<'_> {
             self.send(device, &transmit.packet).await;
         }
         while let Some(event) = self.server.poll_event() {
+            self.on_event(event);
             narrate(event);
         }
     }
@@ -257,7 +277,10 @@ impl Agent<'_> {
 
     fn answer(&mut self, asked: Asked) {
         self.stats.server = *self.server.counters();
-        self.desk.answer(asked, &self.config, &self.watch, &self.stats);
+        let facts = ShowFacts { config: &self.config, watch: &self.watch, drained: &self.drained };
+        if let Some(order) = self.desk.answer(asked, &facts, &self.stats) {
+            self.obey(order);
+        }
     }
 
     fn publish(&mut self) {
@@ -279,9 +302,11 @@ impl Agent<'_> {
         }
         // The rest describes the host as it was before we changed it.
         let facts = Facts { nft: shunt_host::nft_available().await, ..self.facts.clone() };
-        if let Err(error) = self.host.replace(setup::changes(&new, &facts)).await {
+        if let Err(error) = self.host.replace(setup::changes(&new, &facts, &self.moves.diverted())).await {
             tracing::error!(%error, "the configuration stays as it was");
-            if let Err(error) = self.host.replace(setup::changes(&self.config, &self.facts)).await {
+            if let Err(error) =
+                self.host.replace(setup::changes(&self.config, &self.facts, &self.moves.diverted())).await
+            {
                 tracing::error!(%error, "the host could not be set back to it: restart the agent");
             }
             return;
@@ -291,6 +316,7 @@ impl Agent<'_> {
         self.ticks = ticks(&new);
         self.config = new;
         self.facts = facts;
+        self.drain_again();
         self.watch.look(&self.config, &mut self.server).await;
         warn_of_surprises(&self.config, &self.facts).await;
         tracing::info!(path = %path.display(), "the configuration was read again");

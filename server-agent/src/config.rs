@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use shunt_host::control::ControlOptions;
 use shunt_host::{ConfigError, HostOptions, Source};
-use shunt_stack::redirect::ServicePorts;
+use shunt_stack::redirect::{ServicePorts, Silence};
 
 /// Which packets the agent gets to see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -60,6 +60,12 @@ pub struct Config {
     pub max_hops: u8,
     /// How often the kernel is asked who listens (`S6`).
     pub listener_interval: Duration,
+    /// Connections asked to move at a time (`M1`); they are diverted meanwhile.
+    pub moves: usize,
+    /// How long a client is asked (`M2`).
+    pub move_timeout: Duration,
+    /// What follows if it has not closed by then (`M2`, O8).
+    pub move_silence: Silence,
     /// The control socket.
     pub control: ControlOptions,
     /// Where the count of connections is served to balancers, if it is.
@@ -115,10 +121,15 @@ impl Config {
             (self.interface == new.interface, "interface"),
             (self.host == new.host, "[host]"),
             (self.limits() == new.limits(), "[limits]"),
+            (self.moving() == new.moving(), "moves, move_s and move_reset_s"),
             (self.control.same_socket(&new.control), "[control]"),
             (self.status == new.status, "[status]"),
         ];
         same.into_iter().find(|(same, _)| !same).map(|(_, key)| key)
+    }
+
+    fn moving(&self) -> (usize, Duration, Silence) {
+        (self.moves, self.move_timeout, self.move_silence)
     }
 
     fn limits(&self) -> (usize, Duration, u8) {

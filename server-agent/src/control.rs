@@ -1,7 +1,7 @@
 //! What a running agent can be asked (see [`shunt_host::control`] for the socket), and the one thing that balancers may
 //! ask over TCP: how many connections it has.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -14,6 +14,7 @@ use shunt_host::{HostError, Role};
 use crate::agent::AgentStats;
 use crate::config::{Config, DivertMode};
 use crate::listeners::Watch;
+use crate::moves::MoveRequest;
 
 /// A request on the control socket.
 #[derive(Debug, Deserialize)]
@@ -29,6 +30,39 @@ enum Request {
     },
     /// The connections of each service.
     Connections {},
+    /// Asks connections to move.
+    Move(MoveRequest),
+    /// Stops asking those of a service.
+    MoveStop {
+        /// The service.
+        service: String,
+    },
+    /// Sends new clients of a service to another port, and asks its connections to move there.
+    Drain {
+        /// The service.
+        service: String,
+        /// Another server's port.
+        to: u16,
+    },
+    /// Takes new clients of a service again.
+    Enable {
+        /// The service.
+        service: String,
+    },
+}
+
+/// What the agent is told to do, where more than its configuration and the kernel is needed.
+pub(crate) enum Order {
+    Move(MoveRequest, Reply),
+    MoveStop(String, Reply),
+    Drain {
+        service: String,
+        to: u16,
+        reply: Reply,
+    },
+    Enable(String, Reply),
+    /// The kernel's answer to [`Desk::ask_established`].
+    Established(Result<TcpSockets, HostError>),
 }
 
 /// A request on the status address.
@@ -51,6 +85,7 @@ pub(crate) enum Asked {
     Control(Call),
     Status(Call),
     Sockets(Result<TcpSockets, HostError>),
+    Established(Result<TcpSockets, HostError>),
 }
 
 type SocketQuery = Pin<Box<dyn Future<Output = Result<TcpSockets, HostError>>>>;
@@ -62,6 +97,14 @@ pub(crate) struct Desk {
     /// The kernel is asked for all who wait at once: asking often costs no more than one look at a time.
     waiting: Vec<Waiting>,
     query: Option<SocketQuery>,
+    established: Option<SocketQuery>,
+}
+
+async fn answer_of(query: &mut Option<SocketQuery>) -> Result<TcpSockets, HostError> {
+    let Some(running) = query else { return std::future::pending().await };
+    let answer = running.await;
+    *query = None;
+    answer
 }
 
 impl Desk {
@@ -75,30 +118,42 @@ impl Desk {
             Some(address) => Server::listen(address).await?,
             None => Server::none(),
         };
-        Ok(Self { control, status, waiting: Vec::new(), query: None })
+        Ok(Self { control, status, waiting: Vec::new(), query: None, established: None })
     }
 
     /// Waits for something to be answered. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Asked {
-        let sockets = async {
-            match &mut self.query {
-                Some(query) => query.await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
-            sockets = sockets => {
-                self.query = None;
-                Asked::Sockets(sockets)
-            }
+            sockets = answer_of(&mut self.query) => Asked::Sockets(sockets),
+            sockets = answer_of(&mut self.established) => Asked::Established(sockets),
             call = self.control.next() => Asked::Control(call),
             call = self.status.next() => Asked::Status(call),
         }
     }
 
-    pub(crate) fn answer(&mut self, asked: Asked, config: &Config, watch: &Watch, stats: &AgentStats) {
+    /// Asks the kernel for the connections that can be moved; the answer is an [`Order`].
+    pub(crate) fn ask_established(&mut self, config: &Config) {
+        if self.established.is_none() {
+            let locals = locals(config);
+            self.established = Some(Box::pin(async move { TcpSockets::established_at(&locals).await }));
+        }
+    }
+
+    /// Answers what can be answered from these; the rest is an order.
+    pub(crate) fn answer(
+        &mut self,
+        asked: Asked,
+        facts: &ShowFacts<'_>,
+        stats: &AgentStats,
+    ) -> Option<Order> {
+        let config = facts.config;
         match asked {
+            Asked::Established(sockets) => return Some(Order::Established(sockets)),
             Asked::Control(Call { line, reply }) => match control::parse(&line) {
+                Ok(Request::Move(request)) => return Some(Order::Move(request, reply)),
+                Ok(Request::MoveStop { service }) => return Some(Order::MoveStop(service, reply)),
+                Ok(Request::Drain { service, to }) => return Some(Order::Drain { service, to, reply }),
+                Ok(Request::Enable { service }) => return Some(Order::Enable(service, reply)),
                 Ok(Request::Show {}) => self.wait(Waiting::Show(reply), config),
                 Ok(Request::Connections {}) => self.wait(Waiting::Connections(reply), config),
                 Ok(Request::Counters { prometheus: false }) => reply.done(stats),
@@ -118,7 +173,7 @@ impl Desk {
                         (Waiting::Show(reply) | Waiting::Connections(reply), Err(error)) => {
                             reply.refuse(format!("the kernel does not say: {error}"));
                         }
-                        (Waiting::Show(reply), Ok(sockets)) => reply.done(show(config, watch, sockets)),
+                        (Waiting::Show(reply), Ok(sockets)) => reply.done(show(facts, sockets)),
                         (Waiting::Connections(reply), Ok(sockets)) => {
                             reply.done(Connections { services: counts(config, sockets) });
                         }
@@ -126,6 +181,7 @@ impl Desk {
                 }
             }
         }
+        None
     }
 
     /// The number of those that wait is that of the open connections at the most.
@@ -182,6 +238,14 @@ fn counts<'a>(config: &'a Config, sockets: &TcpSockets) -> Vec<ServiceCount<'a>>
         .collect()
 }
 
+/// What `show` tells beside what the kernel knows.
+pub(crate) struct ShowFacts<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) watch: &'a Watch,
+    /// Where new clients of drained services are sent.
+    pub(crate) drained: &'a BTreeMap<String, u16>,
+}
+
 /// The answer to `show`.
 #[derive(Debug, Serialize)]
 struct Show<'a> {
@@ -198,9 +262,12 @@ struct ServiceShow<'a> {
     count: ServiceCount<'a>,
     /// The addresses at which nobody listens on the service port (`S6`).
     silent: Vec<IpAddr>,
+    /// Where new clients are sent, if the service is drained.
+    drained_to: Option<u16>,
 }
 
-fn show<'a>(config: &'a Config, watch: &Watch, sockets: &TcpSockets) -> Show<'a> {
+fn show<'a>(facts: &ShowFacts<'a>, sockets: &TcpSockets) -> Show<'a> {
+    let ShowFacts { config, watch, drained } = *facts;
     let silent = |port: u16| {
         let is_silent = |address: &&IpAddr| watch.listening(SocketAddr::new(**address, port)) == Some(false);
         config.addresses.iter().filter(is_silent).copied().collect()
@@ -216,7 +283,11 @@ fn show<'a>(config: &'a Config, watch: &Watch, sockets: &TcpSockets) -> Show<'a>
         },
         services: services
             .into_iter()
-            .map(|count| ServiceShow { silent: silent(count.service_port), count })
+            .map(|count| ServiceShow {
+                silent: silent(count.service_port),
+                drained_to: drained.get(count.name).copied(),
+                count,
+            })
             .collect(),
     }
 }

@@ -1,8 +1,9 @@
 //! Port redirection beside the server's kernel.
 //!
 //! The agent sees SYNs that carry the option and SYN-ACKs of service ports, in a TUN device; [`shunt_stack::redirect`]
-//! decides about them. Established connections stay in the kernel and the programs are unmodified: they listen on
-//! their service port beside their usual one. Nothing here decides what a packet means.
+//! decides about them. Established connections stay in the kernel, but for those that are asked to move, and the
+//! programs are unmodified: they listen on their service port beside their usual one. Nothing here decides what a packet
+//! means.
 //!
 //! - [`Config`] is the TOML file, checked; `setup` says what it means for the host; [`run`] is the driver.
 
@@ -12,6 +13,7 @@ mod control;
 pub mod doctor;
 mod error;
 mod listeners;
+mod moves;
 mod setup;
 
 pub use agent::{AgentStats, RunOptions, run};

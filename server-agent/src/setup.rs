@@ -12,7 +12,7 @@ use shunt_host::change::{LOCAL, Link, Route, Rule, Sysctl};
 use shunt_host::divert::OPTION_KIND;
 use shunt_host::query;
 use shunt_host::{
-    Change, Divert, Family, FlagMatch, HostError, PortRange, Prefix, QuotedMatch, SegmentMatch,
+    Change, Divert, Family, FlagMatch, HostError, PortRange, Prefix, QuotedMatch, SegmentMatch, TcpConnection,
 };
 
 use crate::config::{Config, DivertMode};
@@ -56,9 +56,10 @@ impl Facts {
     }
 }
 
-/// All changes, in the order they must be made: nothing enters the device before it can leave it.
-pub(crate) fn changes(config: &Config, facts: &Facts) -> Vec<Change> {
-    let setup = Setup { config, facts };
+/// All changes, in the order they must be made: nothing enters the device before it can leave it. Every segment of
+/// `connections` passes the agent, too.
+pub(crate) fn changes(config: &Config, facts: &Facts, connections: &[TcpConnection]) -> Vec<Change> {
+    let setup = Setup { config, facts, connections };
     let mut changes: Vec<Change> = vec![Link::tun(&config.host.device, facts.device_mtu()).into()];
     changes.push(Change::ReservePorts(setup.service_ports()));
     for family in setup.families() {
@@ -87,6 +88,7 @@ pub(crate) fn changes(config: &Config, facts: &Facts) -> Vec<Change> {
 struct Setup<'a> {
     config: &'a Config,
     facts: &'a Facts,
+    connections: &'a [TcpConnection],
 }
 
 impl Setup<'_> {
@@ -181,6 +183,7 @@ impl Setup<'_> {
                 flags: Some(FlagMatch::SYN_ACK),
                 ..SegmentMatch::default()
             });
+            divert.connections = self.connections.to_vec();
         }
         // A router's error does not say by its own addresses whose it is (I2).
         let source: Vec<IpAddr> = self.config.addresses.clone();
@@ -245,7 +248,7 @@ mod tests {
 
     #[test]
     fn only_handshakes_are_marked() {
-        let changes = changes(&config(""), &facts(true));
+        let changes = changes(&config(""), &facts(true), &[]);
         let divert = diverts(&changes).unwrap();
         assert_eq!((divert.incoming.len(), divert.outgoing.len()), (1, 1));
         assert_eq!(divert.incoming[0].flags, Some(FlagMatch::SYN));
@@ -259,9 +262,22 @@ mod tests {
     }
 
     #[test]
+    fn connections_that_move_are_marked_whatever_they_carry_unless_all_are_diverted_anyway() {
+        let moving = TcpConnection {
+            local: "203.0.113.10:41001".parse().unwrap(),
+            remote: "192.0.2.1:50000".parse().unwrap(),
+        };
+        let with = changes(&config(""), &facts(true), &[moving]);
+        assert_eq!(diverts(&with).unwrap().connections, [moving]);
+        let all = "divert = \"all\"";
+        let without = changes(&config(all), &facts(true), &[]);
+        assert_eq!(changes(&config(all), &facts(true), &[moving]), without);
+    }
+
+    #[test]
     fn without_nftables_the_set_up_is_that_of_divert_all() {
-        let wanted = changes(&config("divert = \"all\""), &facts(false));
-        assert_eq!(changes(&config(""), &facts(false)), wanted);
+        let wanted = changes(&config("divert = \"all\""), &facts(false), &[]);
+        assert_eq!(changes(&config(""), &facts(false), &[]), wanted);
         assert_eq!(diverts(&wanted), None);
         let arriving = rules(&wanted).filter(|rule| rule.interface.as_deref() == Some("eth0"));
         assert_eq!(arriving.count(), 4);
@@ -273,7 +289,7 @@ mod tests {
     #[test]
     fn only_tcp_is_diverted_by_rules_or_neighbour_discovery_breaks() {
         for nft in [true, false] {
-            for rule in rules(&changes(&config(""), &facts(nft))) {
+            for rule in rules(&changes(&config(""), &facts(nft), &[])) {
                 let leaves = rule.interface.as_deref() == Some("shunt-srv0");
                 assert!(leaves || rule.protocol.is_some() || rule.mark.is_some(), "{rule:?}");
             }
@@ -283,7 +299,7 @@ mod tests {
     #[test]
     fn nothing_is_diverted_before_it_can_leave_the_device() {
         for nft in [true, false] {
-            let changes = changes(&config(""), &facts(nft));
+            let changes = changes(&config(""), &facts(nft), &[]);
             let into = |change: &Change| match change {
                 Change::Rule(rule) => rule.interface.as_deref() != Some("shunt-srv0"),
                 Change::Divert(_) => true,
@@ -299,7 +315,7 @@ mod tests {
         let text = "role = \"server\"\ninterface = \"eth0\"\naddresses = [\"203.0.113.10\"]\n\
                     [[service]]\nname = \"web\"\nredirect_port = 443\nservice_port = 41001\n";
         let config = Config::from_source(&Source::new("server.toml", text)).unwrap();
-        let changes = changes(&config, &facts(true));
+        let changes = changes(&config, &facts(true), &[]);
         assert!(rules(&changes).all(|rule| rule.family == Family::V4));
         assert!(
             !changes.iter().any(|change| matches!(change, Change::Sysctl(key) if key.key.contains("ipv6")))

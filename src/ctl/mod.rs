@@ -3,7 +3,7 @@
 mod find;
 mod show;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -79,10 +79,19 @@ enum Ctl {
     /// Add, change or remove a server (balancer).
     #[command(subcommand)]
     Server(ServerCommand),
-    /// Give a server no new connections; those it has go on (balancer).
+    /// Give a server no new connections; those it has go on (balancer). With --service, on the server itself: send new
+    /// clients of a service to another server's port, and ask its connections to go on there (server).
     Drain {
-        /// The server.
-        name: String,
+        /// The server (balancer).
+        #[arg(required_unless_present = "service")]
+        name: Option<String>,
+        /// The service (server); --to says where its clients go. Plain clients stay: drain the server at the balancer
+        /// as well.
+        #[arg(long, conflicts_with_all = ["name", "wait"], requires = "to")]
+        service: Option<String>,
+        /// Another server's service port for this service.
+        #[arg(long, value_name = "PORT", requires = "service", value_parser = clap::value_parser!(u16).range(1..))]
+        to: Option<u16>,
         /// Wait until it can be removed without breaking a connection: its agent (`agent = "ADDRESS:PORT"`) counts none,
         /// or, without an agent, no packet has gone to it for `[control] quiet_s`. Exit code 0: it can be removed.
         #[arg(long)]
@@ -91,13 +100,23 @@ enum Ctl {
         #[arg(long, value_name = "SECONDS", requires = "wait", default_value_t = 600)]
         timeout: u64,
         /// Progress and outcome as JSON, one object a line.
-        #[arg(long, requires = "wait")]
+        #[arg(long)]
         json: bool,
     },
-    /// Give a server new connections again (balancer).
+    /// Ask live connections of a service to go on at another server (server). Only those that are asked pass the agent
+    /// meanwhile. Clients that have the byte stream follow (`boundary` of the client's file); others are served on.
+    ///
+    /// Ends when each has moved, was closed, or its client has done nothing for `[timers] move_s`; exit code 0: none
+    /// stayed. Interrupting it stops it; what has moved has moved.
+    Move(MoveArgs),
+    /// Give a server new connections again (balancer); with --service, serve new clients here again (server).
     Enable {
-        /// The server.
-        name: String,
+        /// The server (balancer).
+        #[arg(required_unless_present = "service")]
+        name: Option<String>,
+        /// The service (server).
+        #[arg(long, conflicts_with = "name")]
+        service: Option<String>,
     },
     /// Give a server another share of the new connections (balancer).
     Weight {
@@ -120,6 +139,73 @@ enum Ctl {
         /// As `policy` in the file.
         policy: String,
     },
+}
+
+/// Which connections are to move, and where to.
+#[derive(Debug, Clone, Args)]
+struct MoveArgs {
+    /// The service.
+    #[arg(long)]
+    service: String,
+    /// Where to: another server's service port. Without it, to the redirect port, where the balancer chooses: drain
+    /// this server there first. ADDRESS:PORT leaves the balancer, and is followed only by clients whose
+    /// `accept_prefixes` have the address.
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = target, conflicts_with = "stop")]
+    to: Option<Target>,
+    /// Only connections of this client.
+    #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = client, conflicts_with = "stop")]
+    client: Option<Target>,
+    /// As many connections at the most.
+    #[arg(long, value_name = "NUMBER", conflicts_with = "stop")]
+    limit: Option<usize>,
+    /// Stop a move or drain of this service that is under way.
+    #[arg(long)]
+    stop: bool,
+    /// Progress and outcome as JSON, one object a line.
+    #[arg(long)]
+    json: bool,
+}
+
+/// An address, a port, or both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Target {
+    address: Option<IpAddr>,
+    port: Option<u16>,
+}
+
+/// Reads `PORT` or `ADDRESS:PORT`.
+fn target(text: &str) -> Result<Target, String> {
+    let both = text.parse().map(|socket: SocketAddr| (Some(socket.ip()), socket.port()));
+    match both.or_else(|_| text.parse().map(|port: u16| (None, port))) {
+        Ok((address, port)) if port != 0 => Ok(Target { address, port: Some(port) }),
+        _ => Err("write a port, or an address and a port as 10.0.0.12:41002 or [fd00::12]:41002".to_owned()),
+    }
+}
+
+/// Reads `ADDRESS` or `ADDRESS:PORT`.
+fn client(text: &str) -> Result<Target, String> {
+    let both = text.parse().map(|socket: SocketAddr| (socket.ip(), Some(socket.port())));
+    match both.or_else(|_| text.parse().map(|address: IpAddr| (address, None))) {
+        Ok((address, port)) => Ok(Target { address: Some(address), port }),
+        Err(_) => Err("write an address, with a port as 10.1.0.2:50000 or [fd00::2]:50000".to_owned()),
+    }
+}
+
+impl MoveArgs {
+    fn request(&self) -> Value {
+        if self.stop {
+            return json!({ "command": "move-stop", "service": self.service });
+        }
+        json!({
+            "command": "move",
+            "service": self.service,
+            "to": self.to.and_then(|to| to.port),
+            "address": self.to.and_then(|to| to.address),
+            "client": self.client.and_then(|client| client.address),
+            "client_port": self.client.and_then(|client| client.port),
+            "limit": self.limit,
+        })
+    }
 }
 
 #[derive(Debug, Clone, Subcommand)]
@@ -199,11 +285,16 @@ impl Ctl {
             Ctl::Server(ServerCommand::Remove { name }) => {
                 json!({ "command": "server-remove", "name": name })
             }
+            Ctl::Drain { service: Some(service), to, .. } => {
+                json!({ "command": "drain", "service": service, "to": to })
+            }
             Ctl::Drain { name, wait, timeout, .. } => {
                 let timeout = wait.then_some(timeout);
                 json!({ "command": "drain", "name": name, "wait": wait, "timeout_s": timeout })
             }
-            Ctl::Enable { name } => json!({ "command": "enable", "name": name }),
+            Ctl::Move(arguments) => arguments.request(),
+            Ctl::Enable { service: Some(service), .. } => json!({ "command": "enable", "service": service }),
+            Ctl::Enable { name, .. } => json!({ "command": "enable", "name": name }),
             Ctl::Weight { name, weight } => json!({ "command": "weight", "name": name, "weight": weight }),
             Ctl::Load { name, load } => json!({ "command": "load", "name": name, "load": load }),
             Ctl::Policy { service, policy } => {
@@ -212,34 +303,50 @@ impl Ctl {
         }
     }
 
+    /// Whether the answer is wanted as one object a line.
+    fn json_lines(&self) -> bool {
+        matches!(self, Ctl::Drain { json: true, .. } | Ctl::Move(MoveArgs { json: true, .. }))
+    }
+
     fn progress(&self, value: &Value) {
         match self {
-            Ctl::Drain { json: true, .. } => println!("{}", json!({ "progress": value })),
+            _ if self.json_lines() => println!("{}", json!({ "progress": value })),
+            Ctl::Move(_) | Ctl::Drain { service: Some(_), .. } => eprintln!("{}", show::moves(value)),
             _ => eprintln!("{}", show::progress(value)),
         }
     }
 
     /// Prints what came of it.
-    fn done(&self, value: &Value) {
+    fn done(&self, value: &Value) -> ExitCode {
         match self {
             Ctl::Show { json: true } | Ctl::Counters { json: true, .. } | Ctl::Connections { json: true } => {
                 println!("{value}");
             }
-            Ctl::Drain { json: true, .. } => println!("{}", json!({ "done": value })),
+            _ if self.json_lines() => println!("{}", json!({ "done": value })),
             Ctl::Counters { prometheus: true, .. } => print!("{}", value.as_str().unwrap_or_default()),
             Ctl::Counters { .. } => print!("{}", show::counters(value)),
             Ctl::Show { .. } => print!("{}", show::show(value)),
             Ctl::Connections { .. } => print!("{}", show::services(value)),
             Ctl::Config => print!("{}", value["toml"].as_str().unwrap_or_default()),
-            Ctl::Drain { name, wait: true, .. } => println!("{name} is safe to remove"),
-            Ctl::Drain { name, .. } => println!("{name} gets no new connections"),
-            Ctl::Reload
+            Ctl::Move(MoveArgs { stop: false, .. }) | Ctl::Drain { service: Some(_), .. } => {
+                println!("{}", show::moves(value));
+            }
+            Ctl::Drain { name, wait, .. } => {
+                let name = name.as_deref().unwrap_or_default();
+                println!("{name} {}", if *wait { "is safe to remove" } else { "gets no new connections" });
+            }
+            Ctl::Move(_)
+            | Ctl::Reload
             | Ctl::Server(_)
             | Ctl::Enable { .. }
             | Ctl::Weight { .. }
             | Ctl::Load { .. }
             | Ctl::Policy { .. } => {}
         }
+        let moves = matches!(self, Ctl::Move(_) | Ctl::Drain { service: Some(_), .. });
+        let some = |key: &str| value[key].as_u64().is_some_and(|count| count > 0);
+        let stayed = moves && (some("timed_out") || some("refused"));
+        if stayed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
     }
 }
 
@@ -276,12 +383,9 @@ async fn ask(arguments: &CtlArgs, mut client: Client) -> ExitCode {
             }
             Ok(Err(error)) => return fail(&error.to_string(), ExitCode::FAILURE),
             Ok(Ok(Answer::Progress(value))) => arguments.command.progress(&value),
-            Ok(Ok(Answer::Done(value))) => {
-                arguments.command.done(&value);
-                return ExitCode::SUCCESS;
-            }
+            Ok(Ok(Answer::Done(value))) => return arguments.command.done(&value),
             Ok(Ok(Answer::Error(reason))) => {
-                if matches!(arguments.command, Ctl::Drain { json: true, .. }) {
+                if arguments.command.json_lines() {
                     println!("{}", json!({ "error": reason }));
                 }
                 return fail(&reason, ExitCode::FAILURE);
@@ -314,6 +418,14 @@ mod tests {
             "state": "drain", "gateway": null, "list": ["a", "b"],
         });
         assert_eq!(Value::Object(nested(&keys)), wanted);
+        let both = |address: &str, port| Target { address: address.parse().ok(), port };
+        assert_eq!(target("41002"), Ok(both("", Some(41002))));
+        assert_eq!(target("[fd00::1]:41002"), Ok(both("fd00::1", Some(41002))));
+        assert_eq!(client("10.1.0.2"), Ok(both("10.1.0.2", None)));
+        assert_eq!(client("10.1.0.2:50000"), Ok(both("10.1.0.2", Some(50000))));
+        for text in ["0", "65536", "10.1.0.2", "10.1.0.2:0", "web"] {
+            assert!(target(text).is_err(), "{text}");
+        }
         for text in ["weight", "=2", "ports.=3", ".web=3"] {
             assert!(assignment(text).is_err(), "{text}");
         }

@@ -125,7 +125,15 @@ fn server(value: &Value) -> String {
 /// An agent's services and connections.
 pub(super) fn services(value: &Value) -> String {
     let mut services = table(
-        &["SERVICE", "REDIRECT PORT", "SERVICE PORT", "CONNECTIONS", "PLAIN", "NOBODY LISTENS AT"],
+        &[
+            "SERVICE",
+            "REDIRECT PORT",
+            "SERVICE PORT",
+            "CONNECTIONS",
+            "PLAIN",
+            "NOBODY LISTENS AT",
+            "DRAINED TO",
+        ],
         &[1, 2, 3, 4],
     );
     for service in list(&value["services"]) {
@@ -136,6 +144,7 @@ pub(super) fn services(value: &Value) -> String {
             text(&service["connections"]),
             text(&service["plain"]),
             text(&service["silent"]),
+            text(&service["drained_to"]),
         ]);
     }
     finished(&services)
@@ -202,6 +211,27 @@ pub(super) fn progress(value: &Value) -> String {
     format!("{server}: no packet for {quiet} of {needed} s")
 }
 
+/// How far a move is, or what came of it.
+pub(super) fn moves(value: &Value) -> String {
+    let mut out = text(&value["service"]);
+    let parts = [
+        ("moved", "moved"),
+        ("closed", "closed meanwhile"),
+        ("timed_out", "not followed by their clients"),
+        ("reset", "reset"),
+        ("refused", "that could not be asked"),
+        ("moving", "being asked"),
+        ("waiting", "to be asked"),
+        ("left", "left out by the limit"),
+        ("plain", "of plain clients, which cannot be asked"),
+    ];
+    let told = |key: &str| value[key].as_u64().unwrap_or_default();
+    for (index, (key, what)) in parts.iter().filter(|(key, _)| *key == "moved" || told(key) > 0).enumerate() {
+        let _ = write!(out, "{} {} {what}", if index == 0 { ":" } else { "," }, told(key));
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -228,6 +258,12 @@ mod tests {
             ["web-1", "up", "unhealthy", "1", "10.0.0.11", "fd00::11", "web=41001", "5", "0", "70", "60"];
         assert_eq!(words, wanted);
         assert_eq!(lines[8], "web-1 web 10.0.0.11:41001: unhealthy for 3 s: HTTP status 503");
+    }
+
+    #[test]
+    fn a_move_is_told_in_a_sentence() {
+        let told = moves(&json!({ "service": "web", "moved": 0, "closed": 2, "timed_out": 0, "moving": 3 }));
+        assert_eq!(told, "web: 0 moved, 2 closed meanwhile, 3 being asked");
     }
 
     #[test]

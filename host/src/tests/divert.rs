@@ -11,7 +11,7 @@ use crate::prefix::Family;
 use crate::testing::{close, in_namespace, run, tun};
 use crate::{
     Change, Divert, FlagMatch, Host, HostOptions, PacketKind, PacketMatch, PortRange, Prefix, QuotedMatch,
-    SegmentMatch, Transport, nft_available,
+    SegmentMatch, TcpConnection, Transport, nft_available,
 };
 
 const REDIRECT: [u8; 8] = [253, 8, 0x52, 0x44, 0x10, 0, 0, 0];
@@ -236,6 +236,41 @@ fn the_kernels_syn_acks_from_the_service_port_are_diverted() {
             assert!(!lab.diverts(&other));
         }
         drop((listener, plain));
+    });
+}
+
+#[test]
+fn connections_are_diverted_both_ways_and_others_are_not() {
+    in_namespace(async || {
+        let ends = [("192.0.2.1", "10.1.0.2"), ("2001:db8:7::1", "2001:db8:2::2")];
+        let connection = |(client, server): (&str, &str), port| TcpConnection {
+            local: (ip(server), 41001).into(),
+            remote: (ip(client), port).into(),
+        };
+        let lab = Lab::new(|options| Divert {
+            connections: ends
+                .into_iter()
+                .flat_map(|ends| [50000, 50001].map(|port| connection(ends, port)))
+                .collect(),
+            ..agent(options)
+        })
+        .await;
+        for (client, server) in ends {
+            for (port, expected) in [(50000, true), (50001, true), (50002, false)] {
+                // Nobody listens: the kernel's reset comes by the same way.
+                let segment = segment(client, server, (port, 41001), 0x10, &[]);
+                assert_eq!(lab.diverts(&segment), expected, "{client} {port}");
+                while received(&lab.shunt, Duration::from_millis(2)).is_some() {}
+                while received(&lab.wire, Duration::from_millis(2)).is_some() {}
+                lab.shunt.send(&segment).unwrap();
+                let (near, far) = (&lab.shunt, &lab.wire);
+                let (got, not) = if expected { (near, far) } else { (far, near) };
+                let reset = received(got, Duration::from_millis(100)).expect("a reset");
+                assert_eq!(reset[if client.contains(':') { 53 } else { 33 }] & 0x04, 0x04);
+                assert!(received(not, Duration::from_millis(20)).is_none());
+            }
+        }
+        lab.host.close().await.unwrap();
     });
 }
 

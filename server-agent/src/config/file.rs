@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use shunt_host::control::ControlSettings;
 use shunt_host::{ConfigError, HostSettings, Role, Source};
-use shunt_stack::redirect::ServerConfig;
+use shunt_stack::redirect::{ServerConfig, Silence};
 use toml::Spanned;
 
 use super::{Config, DivertMode, Service};
@@ -15,6 +15,9 @@ use super::{Config, DivertMode, Service};
 const MAX_ADDRESSES: usize = 256;
 const MAX_SERVICES: usize = 1024;
 const MAX_HALF_OPEN: u64 = 1 << 24;
+/// Each is an element of a set that is replaced as a whole.
+const MAX_MOVES: u64 = 4096;
+const DEFAULT_MOVES: u64 = 256;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -75,6 +78,8 @@ struct Limits {
     half_open: Option<Spanned<u64>>,
     /// Redirects followed in one connect (`C3`); 3.
     hops: Option<Spanned<u64>>,
+    /// Connections asked to move at a time; 256.
+    moves: Option<Spanned<u64>>,
 }
 
 /// Times in seconds.
@@ -85,6 +90,10 @@ struct Timers {
     half_open_s: Option<Spanned<u64>>,
     /// Between looks at who listens (`S6`); 1.
     listeners_s: Option<Spanned<u64>>,
+    /// How long the client of a connection is asked to move (`M2`); 30.
+    move_s: Option<Spanned<u64>>,
+    /// After how long a client that was asked and never moved is reset (`M2`, O8); never if left out.
+    move_reset_s: Option<Spanned<u64>>,
 }
 
 /// Reads and checks the whole file.
@@ -112,7 +121,20 @@ impl File {
         let lifetime = defaults.half_open_lifetime.as_secs();
         let lifetime = source.within(self.timers.half_open_s.as_ref(), lifetime, 1..=3600)?;
         let listeners = source.within(self.timers.listeners_s.as_ref(), 1, 1..=3600)?;
+        let moves = source.within(self.limits.moves.as_ref(), DEFAULT_MOVES, 1..=MAX_MOVES)?;
+        let move_timeout = defaults.redirect_timeout.as_secs();
+        let move_timeout = source.within(self.timers.move_s.as_ref(), move_timeout, 1..=3600)?;
+        let move_silence = match &self.timers.move_reset_s {
+            None => Silence::GiveUp,
+            written => {
+                let seconds = source.within(written.as_ref(), move_timeout, move_timeout..=86_400)?;
+                Silence::ResetAfter(Duration::from_secs(seconds))
+            }
+        };
         Ok(Config {
+            moves: usize::try_from(moves).unwrap_or(usize::MAX),
+            move_timeout: Duration::from_secs(move_timeout),
+            move_silence,
             interface: interface(source, &self.interface)?,
             addresses: addresses(source, &self.addresses)?,
             services: services(source, &self.service)?,

@@ -25,6 +25,8 @@ fn a_small_file_means_the_defaults_of_the_protocol() {
     assert_eq!((config.divert, config.notrack), (DivertMode::Nft, true));
     assert_eq!((config.half_open_limit, config.half_open_lifetime), (65_536, Duration::from_secs(64)));
     assert_eq!((config.max_hops, config.listener_interval), (3, Duration::from_secs(1)));
+    let moving = (config.moves, config.move_timeout, config.move_silence);
+    assert_eq!(moving, (256, Duration::from_secs(30), Silence::GiveUp));
     assert_eq!(config.host, HostOptions::defaults(shunt_host::Role::Server));
     let ports = config.service_ports();
     assert_eq!(ports.len(), 4);
@@ -41,7 +43,8 @@ fn every_key_is_read() {
         "\n\n[[service]]\nname = \"web\"",
         concat!(
             "\ndivert = \"all\"\nnotrack = false\n",
-            "[limits]\nhalf_open = 100\nhops = 2\n[timers]\nhalf_open_s = 10\nlisteners_s = 5\n",
+            "[limits]\nhalf_open = 100\nhops = 2\nmoves = 7\n",
+            "[timers]\nhalf_open_s = 10\nlisteners_s = 5\nmove_s = 3\nmove_reset_s = 9\n",
             "[control]\nenabled = false\n[status]\nlisten = \"[::]:9000\"\n",
             "[host]\nexid = 0x1111\n[[service]]\nname = \"web\"",
         ),
@@ -49,6 +52,11 @@ fn every_key_is_read() {
     let config = config(&text).unwrap();
     assert_eq!((config.divert, config.notrack, config.half_open_limit), (DivertMode::All, false, 100));
     assert_eq!((config.half_open_lifetime, config.max_hops), (Duration::from_secs(10), 2));
+    let silence = Silence::ResetAfter(Duration::from_secs(9));
+    assert_eq!(
+        (config.moves, config.move_timeout, config.move_silence),
+        (7, Duration::from_secs(3), silence)
+    );
     assert_eq!((config.control.enabled, config.status), (false, "[::]:9000".parse().ok()));
     assert_eq!((config.listener_interval, config.host.exid), (Duration::from_secs(5), 0x1111));
 }
@@ -78,6 +86,8 @@ fn mistakes_are_refused_with_their_line() {
         ("service_port = 41002", "service_port = 41002\n[limits]\nhops = 8", 15, "between 1 and 7"),
         ("service_port = 41002", "service_port = 41002\n[limits]\nhalf_open = 0", 15, "between 1 and"),
         ("service_port = 41002", "service_port = 41002\n[timers]\nlisteners_s = 0", 15, "between 1 and"),
+        ("service_port = 41002", "service_port = 41002\n[limits]\nmoves = 0", 15, "between 1 and 4096"),
+        ("service_port = 41002", "service_port = 41002\n[timers]\nmove_reset_s = 29", 15, "between 30 and"),
         ("service_port = 41002", "service_port = 41002\n[host]\nmark = 0", 15, "mark 0"),
         ("service_port = 41002", "service_port = 41002\n[status]\nlisten = \"10.0.0.1:0\"", 15, "port 0"),
         ("service_port = 41002", "service_port = 41002\n[control]\nquiet_s = 3", 15, "only a balancer"),
@@ -106,4 +116,6 @@ fn a_reload_may_change_services_but_not_the_device() {
     assert_eq!(old.needs_restart(&with("41002", status)), Some("[status]"));
     assert_eq!(old.needs_restart(&with("41002", "41002\n[host]\ndevice = \"x\"")), Some("[host]"));
     assert_eq!(old.needs_restart(&with("41002", "41002\n[limits]\nhops = 1")), Some("[limits]"));
+    let moves = "41002\n[timers]\nmove_s = 5";
+    assert_eq!(old.needs_restart(&with("41002", moves)), Some("moves, move_s and move_reset_s"));
 }
