@@ -83,6 +83,11 @@ pub(crate) struct ClientArgs {
     /// Offer SOCKS5 here, in proxy mode; instead of what the file says.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) socks5: Option<std::net::SocketAddr>,
+
+    /// Let a server move connections to another, in proxy mode, where its clients' streams may be cut: `none`, `line`
+    /// (behind a newline) or `idle:50ms` (after a silence both ways); instead of what the file says.
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) boundary: Option<shunt_client_shim::config::Boundary>,
 }
 
 /// What is to be checked.

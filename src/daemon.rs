@@ -27,7 +27,11 @@ pub(crate) fn balancer(arguments: DaemonArgs) -> anyhow::Result<ExitCode> {
 
 /// `shunt client`.
 pub(crate) fn client(arguments: ClientArgs) -> anyhow::Result<ExitCode> {
-    let extra = shunt_client_shim::config::Extra { socks5: arguments.socks5, forward: arguments.forward };
+    let extra = shunt_client_shim::config::Extra {
+        socks5: arguments.socks5,
+        forward: arguments.forward,
+        boundary: arguments.boundary,
+    };
     let config = shunt_client_shim::Config::load_with(&arguments.daemon.config, &extra)?;
     block_on(|ready, shutdown| {
         let options = shunt_client_shim::RunOptions {

@@ -41,6 +41,47 @@ pub enum Hold {
     Always,
 }
 
+/// Where the proxy's byte streams may be cut when their server asks for another (PROTOCOL.md §4, `M8`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Boundary {
+    /// Nowhere: connections stay where they are.
+    #[default]
+    None,
+    /// Behind data of the program that ends with a newline: for protocols whose requests are lines.
+    Line,
+    /// Once nothing was sent either way for so long: for protocols in which silence means that no request is under way.
+    Idle(Duration),
+}
+
+impl FromStr for Boundary {
+    type Err = BoundaryError;
+
+    /// Reads `none`, `line`, or `idle:` and a time in `ms` or `s`.
+    fn from_str(text: &str) -> Result<Self, BoundaryError> {
+        match text.split_once(':') {
+            None if text == "none" => Ok(Self::None),
+            None if text == "line" => Ok(Self::Line),
+            Some(("idle", time)) => idle_time(time).map(Self::Idle).ok_or(BoundaryError),
+            _ => Err(BoundaryError),
+        }
+    }
+}
+
+/// From 1 ms to 1 h.
+fn idle_time(text: &str) -> Option<Duration> {
+    let (number, unit) = match text.strip_suffix("ms") {
+        Some(number) => (number, Duration::from_millis(1)),
+        None => (text.strip_suffix('s')?, Duration::from_secs(1)),
+    };
+    let time = unit.checked_mul(number.parse().ok()?)?;
+    (Duration::from_millis(1)..=Duration::from_hours(1)).contains(&time).then_some(time)
+}
+
+/// A boundary that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("write a boundary as \"none\", \"line\", or \"idle:50ms\" (from 1ms to 3600s)")]
+pub struct BoundaryError;
+
 /// A port forward: a local address, and where its connections go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forward {
@@ -77,6 +118,8 @@ pub struct Extra {
     pub socks5: Option<SocketAddr>,
     /// Further forwards.
     pub forward: Vec<Forward>,
+    /// Where streams may be cut instead.
+    pub boundary: Option<Boundary>,
 }
 
 /// What only the proxy needs.
@@ -89,6 +132,8 @@ pub struct ProxyConfig {
     /// Own source ports, kept from the host's other programs. A connection of the kernel to a VIP that uses one when
     /// the proxy starts is reset.
     pub ports: PortRange,
+    /// Where streams may be cut.
+    pub boundary: Boundary,
     /// Connections at once.
     pub max_connections: usize,
     /// How long a connect may take.

@@ -12,14 +12,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use shunt_stack::device::Device;
-use shunt_stack::endpoint::{ClientOptions, Endpoint, TcpOptions, TcpStream};
+use shunt_stack::endpoint::{ClientOptions, Endpoint, MoveAt, TcpOptions, TcpStream};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::Outside;
-use crate::config::{Config, ProxyConfig};
+use crate::config::{Boundary, Config, ProxyConfig};
 use crate::control::{self, ProxyFacts};
 use crate::error::Error;
 use crate::session::Session;
@@ -154,6 +154,7 @@ pub(crate) struct Upstream {
     vips: Vec<IpAddr>,
     options: ClientOptions,
     request_timeout: Duration,
+    boundary: Boundary,
     /// Connections at once.
     most: usize,
     permits: Arc<Semaphore>,
@@ -168,12 +169,17 @@ impl Upstream {
             ports: proxy.ports.first()..=proxy.ports.last(),
             connect_timeout: proxy.connect_timeout,
             tcp: TcpOptions::default(),
+            move_at: match proxy.boundary {
+                Boundary::None | Boundary::Line => MoveAt::Boundary,
+                Boundary::Idle(time) => MoveAt::Idle(time),
+            },
             ..ClientOptions::default()
         };
         Self {
             vips: config.vips().collect(),
             options,
             request_timeout: proxy.request_timeout,
+            boundary: proxy.boundary,
             most: proxy.max_connections,
             permits: Arc::new(Semaphore::new(proxy.max_connections)),
             endpoint: Mutex::new(None),
@@ -224,6 +230,11 @@ impl Upstream {
     /// How long a SOCKS client may take to say where it wants to go.
     pub(crate) fn request_timeout(&self) -> Duration {
         self.request_timeout
+    }
+
+    /// Whether streams are cut behind lines, which the relay marks.
+    pub(crate) fn marks_lines(&self) -> bool {
+        self.boundary == Boundary::Line
     }
 
     /// Connects to a VIP.

@@ -11,7 +11,7 @@ use shunt_host::{ConfigError, HostSettings, PortRange, Role, Source};
 use shunt_stack::redirect::{ClientConfig, Continuation, OnRedirect, VipConfig};
 use toml::Spanned;
 
-use super::{Config, Extra, Forward, ForwardError, Hold, Mode, ProxyConfig, socket};
+use super::{Boundary, BoundaryError, Config, Extra, Forward, ForwardError, Hold, Mode, ProxyConfig, socket};
 
 /// Ports of the proxy's own connections unless configured: ephemeral ones, where nobody listens.
 const DEFAULT_PROXY_PORTS: PortRange = PortRange::new(50_000, 50_999);
@@ -102,6 +102,7 @@ struct Proxy {
     #[serde(default)]
     forward: Vec<Spanned<String>>,
     ports: Option<Spanned<String>>,
+    boundary: Option<Spanned<String>>,
 }
 
 impl File {
@@ -118,7 +119,7 @@ impl File {
             None => PortRange::new(1024, 65_535),
         };
         let host = self.host.resolve(Role::Client, source)?;
-        let client = ClientConfig {
+        let mut client = ClientConfig {
             exid: host.exid,
             vips: check_vips(source, &self.vips)?,
             ports: ports.first()..=ports.last(),
@@ -126,6 +127,9 @@ impl File {
             ..self.machine(source)?
         };
         let proxy = self.check_proxy(source, &client, extra)?;
+        if proxy.as_ref().is_some_and(|proxy| proxy.boundary != Boundary::None) {
+            client.vips.iter_mut().for_each(|vip| vip.on_redirect = OnRedirect::Follow);
+        }
         let timers = &self.timers;
         Ok(Config {
             mode: self.mode,
@@ -176,11 +180,11 @@ impl File {
         client: &ClientConfig,
         extra: &Extra,
     ) -> Result<Option<ProxyConfig>, ConfigError> {
-        let added = *extra != Extra::default();
+        let added = extra.socks5.is_some() || !extra.forward.is_empty();
         let none = Spanned::new(0..0, Proxy::default());
         let proxy = match (self.mode, &self.proxy) {
-            (Mode::Transparent, _) if added => {
-                return Err(source.error("--forward and --socks5 need mode = \"proxy\""));
+            (Mode::Transparent, _) if *extra != Extra::default() => {
+                return Err(source.error("--forward, --socks5 and --boundary need mode = \"proxy\""));
             }
             (Mode::Transparent, None) => return Ok(None),
             (Mode::Transparent, Some(proxy)) => {
@@ -222,10 +226,12 @@ impl File {
             }
             forward.push(*one);
         }
+        let boundary = proxy.boundary.as_ref().map(|text| parse_boundary(source, text)).transpose()?;
         Ok(Some(ProxyConfig {
             socks5,
             forward,
             ports,
+            boundary: extra.boundary.or(boundary).unwrap_or_default(),
             max_connections: in_range(source, self.limits.connections.as_ref(), room, 1..room + 1)? as usize,
             connect_timeout: seconds(source, self.timers.connect_s.as_ref(), 30)?,
             request_timeout: seconds(source, self.timers.request_s.as_ref(), 10)?,
@@ -301,6 +307,10 @@ fn parse_listen(source: &Source, text: &Spanned<String>) -> Result<SocketAddr, C
         let message = "write the address to listen on as \"127.0.0.1:1080\" or \"[::1]:1080\"";
         source.error_at(text.span(), message)
     })
+}
+
+fn parse_boundary(source: &Source, text: &Spanned<String>) -> Result<Boundary, ConfigError> {
+    text.get_ref().parse().map_err(|error: BoundaryError| source.error_at(text.span(), error.to_string()))
 }
 
 /// `LISTEN=VIP:PORT`.
@@ -383,10 +393,11 @@ mod tests {
         assert_eq!(config(include_str!("reference.toml")).unwrap(), shortest);
         let proxy = |text: &str| text.replace("\"transparent\"", "\"proxy\"");
         let whole = include_str!("reference.toml").replace("\n# [proxy]", "\n[proxy]");
-        let whole = ["socks5", "forward", "ports"]
+        let whole = ["socks5", "forward", "ports", "boundary"]
             .iter()
             .fold(whole, |text, key| text.replace(&format!("\n# {key} ="), &format!("\n{key} =")));
-        assert_eq!(config(&proxy(&whole)).unwrap().proxy.unwrap().ports, DEFAULT_PROXY_PORTS);
+        let whole = config(&proxy(&whole)).unwrap().proxy.unwrap();
+        assert_eq!((whole.ports, whole.boundary), (DEFAULT_PROXY_PORTS, Boundary::None));
     }
 
     #[test]
@@ -398,7 +409,26 @@ mod tests {
         let proxy = config(&text).unwrap().proxy.unwrap();
         assert_eq!(proxy.socks5, Some("127.0.0.1:1080".parse().unwrap()));
         assert_eq!(proxy.forward[0].target, "[2001:db8::10]:443".parse().unwrap());
-        assert_eq!(proxy.max_connections, 10);
+        assert_eq!((proxy.max_connections, proxy.boundary), (10, Boundary::None));
+    }
+
+    #[test]
+    fn m8_streams_of_a_proxy_are_followed_where_they_may_be_cut() {
+        let with = |boundary: &str, extra: &Extra| {
+            let text = format!(
+                "role = \"client\"\nmode = \"proxy\"\n{VIP}[proxy]\nsocks5 = \"127.0.0.1:1080\"\nboundary = \"{boundary}\"\n"
+            );
+            let source = Source::new("client.toml", text);
+            let config = File::read(&source).unwrap().check(&source, extra).unwrap();
+            (config.proxy.unwrap().boundary, config.client.vips[0].on_redirect)
+        };
+        let none = Extra::default();
+        assert_eq!(with("none", &none), (Boundary::None, OnRedirect::Hint));
+        assert_eq!(with("line", &none), (Boundary::Line, OnRedirect::Follow));
+        let idle = Boundary::Idle(Duration::from_millis(50));
+        assert_eq!(with("idle:50ms", &none), (idle, OnRedirect::Follow));
+        let extra = Extra { boundary: Some(Boundary::Line), ..Extra::default() };
+        assert_eq!(with("idle:2s", &extra), (Boundary::Line, OnRedirect::Follow));
     }
 
     #[test]
@@ -427,6 +457,8 @@ mod tests {
                 format!("{proxy}socks5 = \"127.0.0.1:1\"\nforward = [\"127.0.0.1:1=203.0.113.10:443\"]\n"),
                 "already",
             ),
+            (7, format!("{proxy}socks5 = \"127.0.0.1:1\"\nboundary = \"idle:0ms\"\n"), "idle:50ms"),
+            (7, format!("{proxy}socks5 = \"127.0.0.1:1\"\nboundary = \"idle\"\n"), "idle:50ms"),
             (8, format!("{VIP}[host]\n\n\n\nmark = 0\n"), "mark 0"),
         ] {
             let text = if text.starts_with("role") { text } else { format!("role = \"client\"\n{text}") };

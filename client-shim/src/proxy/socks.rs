@@ -51,7 +51,7 @@ pub(super) async fn serve(program: TcpStream, upstream: &Upstream) -> io::Result
     match connect(command, target, upstream).await {
         Ok(stream) => {
             let program = request.reply_success(stream.local_addr()).await.map_err(io::Error::other)?;
-            relay::relay(program, stream).await
+            relay::relay(program, stream, upstream.marks_lines()).await
         }
         Err(refusal) => {
             request.reply_error(&refusal.reply()).await.map_err(io::Error::other)?;
