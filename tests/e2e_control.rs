@@ -11,6 +11,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::ctl::{Said, ctl};
 use common::service::{self, Service};
 use common::{Family, Net, OTHER_SERVICE, Options, TestFile, Transfer, WEB, WEB_SERVICE, Way, shunt};
 use serde_json::Value;
@@ -19,28 +20,6 @@ use shunt_lab::{Host, Signal};
 
 /// How long anything may take that has to happen.
 const PATIENCE: Duration = Duration::from_secs(40);
-
-/// What `shunt ctl` says, and its exit code.
-#[derive(Debug)]
-struct Said {
-    code: i32,
-    out: String,
-    error: String,
-}
-
-impl Said {
-    fn json(&self) -> Value {
-        assert_eq!(self.code, 0, "{self:?}");
-        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
-    }
-}
-
-fn ctl(host: &Host, arguments: &[&str]) -> Said {
-    let output = host.enter(|| shunt().arg("ctl").args(arguments).output());
-    let output = output.expect("the namespace is there").expect("it starts");
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
-    Said { code: output.status.code().unwrap_or(-1), out: text(output.stdout), error: text(output.stderr) }
-}
 
 /// Tells the balancer; it has to agree.
 fn tell(net: &Net, arguments: &[&str]) -> Said {

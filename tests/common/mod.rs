@@ -9,6 +9,7 @@
 // Each test file is a crate of its own and uses another part of this.
 #![allow(dead_code, unused_imports, unreachable_pub, clippy::unused_self)]
 
+pub mod ctl;
 pub mod datagrams;
 mod programs;
 pub mod service;
