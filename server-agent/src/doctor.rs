@@ -25,7 +25,7 @@ pub async fn needs(config: &Config) -> Result<Needs, HostError> {
     ports.dedup();
     Ok(Needs {
         options: config.host.clone(),
-        changes: setup::changes(config, &facts),
+        changes: setup::changes(config, &facts, &[]),
         interfaces: vec![config.interface.clone()],
         reach: Vec::new(),
         own: config.addresses.clone(),
