@@ -56,6 +56,7 @@ impl Balancer {
                 if vip.is_ipv4() != packet.source().is_ipv4() {
                     return Err(DropReason::Family(server));
                 }
+                self.confirm(packet);
                 packet.set_source(vip);
             }
             Route::ErrorToClient { vip, server } => {
@@ -75,6 +76,9 @@ impl Balancer {
                 if let Some(reply) = echo_reply(packet) {
                     *packet = reply;
                 }
+            }
+            Route::Redirect { port, .. } => {
+                *packet = self.redirecting(packet, port).ok_or(DropReason::Unanswerable)?;
             }
             Route::Unchanged => {}
         }

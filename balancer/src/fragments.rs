@@ -223,7 +223,8 @@ impl Route {
         match self {
             Route::ToServer { server, .. }
             | Route::ToClient { server, .. }
-            | Route::ErrorToClient { server, .. } => Some(server),
+            | Route::ErrorToClient { server, .. }
+            | Route::Redirect { server, .. } => Some(server),
             Route::Answer | Route::Unchanged => None,
         }
     }

@@ -11,6 +11,7 @@
 //! ports, and of protocols without ports that go to servers by configuration, get the VIP as source again: for all
 //! else a default server is of use in `direct` mode only.
 
+mod answer;
 pub mod config;
 mod connections;
 mod connectors;
@@ -38,6 +39,7 @@ mod tests;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use shunt_stack::redirect::Answerer;
 use shunt_stack::time::Instant;
 use shunt_stack::wire::Packet;
 
@@ -69,6 +71,8 @@ pub struct Balancer {
     /// `None` if no policy asks for packets sent.
     half_life: Option<Duration>,
     due: Mutex<Due>,
+    /// `None` if no service's clients are answered here (`B1`).
+    answerer: Option<Answerer>,
     key: SelectKey,
 }
 
@@ -111,6 +115,7 @@ impl Balancer {
             qos: Qos::new(config, before),
             half_life: config.counts_packets().then_some(config.packets_half_life),
             due: Mutex::default(),
+            answerer: answer::answerer(config, key),
             key,
         }
     }

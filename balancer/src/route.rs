@@ -43,6 +43,13 @@ pub enum Route {
     },
     /// An echo request, answered by the balancer itself (`I4`).
     Answer,
+    /// `B1`: a SYN with R, answered by the balancer itself: the client is sent to this server's service port.
+    Redirect {
+        /// The server, by policy.
+        server: ServerId,
+        /// Its service port, Y.
+        port: u16,
+    },
     /// Neither for a VIP nor an answer of one: passes as it is (`B5`). So does what is for a port of a VIP that is this
     /// host's own; the host's routes deliver it here.
     Unchanged,
@@ -127,8 +134,9 @@ pub enum DropReason {
     /// `B7`: no server takes new packets of this protocol, which has no ports.
     #[error("no server is up for protocol {0}")]
     NoPortlessServer(u8),
-    /// `I4`: an echo request that must not be answered: a fragment, broken, or from no host.
-    #[error("this echo request must not be answered")]
+    /// `I4`: an echo request that must not be answered: a fragment, broken, or from no host. `B1`: a SYN whose answer
+    /// has no room.
+    #[error("this must not be answered")]
     Unanswerable,
     /// `I4`: enough was answered in this second.
     #[error("answers are limited")]
@@ -182,6 +190,7 @@ pub(crate) enum Way {
     ErrorToClient,
     Answer,
     Unchanged,
+    Redirect,
 }
 
 impl Route {
@@ -204,6 +213,7 @@ impl Route {
             Route::ToClient { .. } => Way::ToClient,
             Route::ErrorToClient { .. } => Way::ErrorToClient,
             Route::Answer => Way::Answer,
+            Route::Redirect { .. } => Way::Redirect,
             Route::Unchanged => Way::Unchanged,
         }
     }
@@ -222,7 +232,8 @@ impl Balancer {
         if self.table.is_administrators(vip, packet) {
             return Ok(Route::Unchanged);
         }
-        self.inbound(vip, packet).or_else(|reason| default_server(vip, reason))
+        let route = self.inbound(vip, packet).map(|route| self.answered(vip, packet, route));
+        route.or_else(|reason| default_server(vip, reason))
     }
 
     /// Decides about a packet whose headers above IP cannot be read (`B4`): `packet` was taken as opaque.
@@ -266,6 +277,7 @@ impl Balancer {
         let client = SocketAddr::new(packet.source(), tcp.source_port());
         if let Some(set) = set
             && self.asks_for_redirect(tcp)
+            && (!set.is_answered_here() || self.can_redirect(packet))
         {
             let select = set.select.as_ref().ok_or(DropReason::NoServer(port))?;
             let request = Request {

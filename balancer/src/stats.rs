@@ -13,7 +13,7 @@ use crate::connections::ConnectionsSnapshot;
 use crate::limit::Limit;
 use crate::route::{Decision, DropReason, Route, Way};
 
-const WAYS: [(Way, &str); 16] = [
+const WAYS: [(Way, &str); 17] = [
     (Way::Selected, "selected"),
     (Way::Owner, "owner"),
     (Way::LegacyHash, "legacy_hash"),
@@ -30,6 +30,7 @@ const WAYS: [(Way, &str); 16] = [
     (Way::ErrorToClient, "error_to_client"),
     (Way::Answer, "answer"),
     (Way::Unchanged, "unchanged"),
+    (Way::Redirect, "redirected"),
 ];
 
 const REASONS: [&str; 19] = [
@@ -100,6 +101,8 @@ pub struct Stats {
     /// By the reason for which they would have been dropped.
     defaulted: [Counter; REASONS.len()],
     malformed_options: Counter,
+    confirmed: Counter,
+    unconfirmed: Counter,
     /// As last seen.
     fragments: AtomicU64,
     fragments_evicted: Counter,
@@ -134,6 +137,10 @@ pub struct Snapshot {
     pub defaulted: BTreeMap<&'static str, u64>,
     /// Plain SYNs with a malformed redirect option (`W1`).
     pub malformed_options: u64,
+    /// SYN-ACKs of servers that got C here (`B1`).
+    pub confirmed_syn_acks: u64,
+    /// SYN-ACKs of servers without room for it (`W2`).
+    pub unconfirmed_syn_acks: u64,
     /// Fragmented datagrams remembered (§9), when one was last added.
     pub fragments: u64,
     /// Fragmented datagrams forgotten before their time because there were too many.
@@ -154,7 +161,7 @@ pub struct Snapshot {
 /// One server's counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct ServerSnapshot {
-    /// SYNs with R that it was chosen for (`B1`); a repeated SYN counts again.
+    /// SYNs with R that it was chosen for (`B1`), whoever answered them; a repeated SYN counts again.
     pub selected: u64,
     /// SYNs of plain clients (`B3`).
     pub plain: u64,
@@ -185,6 +192,11 @@ pub struct ServerSnapshot {
 impl Stats {
     pub(crate) fn device_error(&self) {
         self.device_errors.add(1);
+    }
+
+    /// Counts a SYN-ACK that was to get C.
+    pub(crate) fn confirmed(&self, done: bool) {
+        if done { self.confirmed.add(1) } else { self.unconfirmed.add(1) }
     }
 
     pub(crate) fn fragments(&self, remembered: usize, evicted: u64) {
@@ -270,6 +282,7 @@ impl Balancer {
                 stats.packets_back.add(1);
                 stats.bytes_back.add(bytes);
             }
+            Route::Redirect { server, .. } => self.servers[server.index()].selected.add(1),
             Route::ErrorToClient { .. } | Route::Answer | Route::Unchanged => {}
         }
     }
@@ -295,6 +308,8 @@ impl Balancer {
             drops: named(&stats.drops),
             defaulted: named(&stats.defaulted),
             malformed_options: stats.malformed_options.value(),
+            confirmed_syn_acks: stats.confirmed.value(),
+            unconfirmed_syn_acks: stats.unconfirmed.value(),
             fragments: stats.fragments.load(Ordering::Relaxed),
             fragments_evicted: stats.fragments_evicted.value(),
             device_errors: stats.device_errors.value(),
@@ -343,6 +358,8 @@ impl fmt::Display for Snapshot {
         }
         for (name, value) in [
             ("malformed_options", self.malformed_options),
+            ("confirmed_syn_acks", self.confirmed_syn_acks),
+            ("unconfirmed_syn_acks", self.unconfirmed_syn_acks),
             ("fragments_evicted", self.fragments_evicted),
             ("device_errors", self.device_errors),
             ("reloads", self.reloads),

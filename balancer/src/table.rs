@@ -74,12 +74,26 @@ pub(crate) struct Set {
     datagrams: Option<Choice>,
     /// Whether a hash keeps the datagrams of a flow together.
     keeps_flows: bool,
+    /// The service port of each server, sorted, where the balancer answers itself (`B1`).
+    answers: Option<Box<[(ServerId, u16)]>>,
 }
 
 impl Set {
     /// The server of a datagram (§6); `None` if no server is up.
     pub(crate) fn datagram(&self, request: &Request<'_>) -> Option<ServerId> {
         self.datagrams.as_ref()?.select(request)
+    }
+
+    /// Whether the balancer answers SYNs with R itself (`B1`).
+    pub(crate) fn is_answered_here(&self) -> bool {
+        self.answers.is_some()
+    }
+
+    /// The service port that the balancer sends clients of a server to, if it answers itself.
+    pub(crate) fn answer(&self, server: ServerId) -> Option<u16> {
+        let answers = self.answers.as_ref()?;
+        let index = answers.binary_search_by_key(&server, |(id, _)| *id).ok()?;
+        Some(answers[index].1)
     }
 
     /// The server of all datagrams of a flow, if there is one.
@@ -96,6 +110,8 @@ type Origin = (IpAddr, u8, u16);
 pub(crate) struct Back {
     pub(crate) vip: IpAddr,
     pub(crate) server: ServerId,
+    /// Whether SYN-ACKs get C (`B1`).
+    pub(crate) confirms: bool,
 }
 
 /// A server's addresses.
@@ -152,7 +168,7 @@ impl Table {
         let mut back: Vec<_> = ways
             .iter()
             .map(|way| {
-                let back = Back { vip: way.vip, server: ServerId::new(way.server) };
+                let back = Back { vip: way.vip, server: ServerId::new(way.server), confirms: way.confirms };
                 ((way.address, way.protocol, way.port), back)
             })
             .collect();
@@ -316,6 +332,15 @@ impl SetBuilder<'_> {
             datagrams: udp.and_then(|name| self.choice(service, &members, Some(name))),
             keeps_flows: udp == Some(UdpPolicy::Hash),
             maglev: self.maglev(&members),
+            answers: config.services[service].is_answered_here().then(|| {
+                let port = |member: &Member| {
+                    let ports = &config.servers[member.server.index()].ports;
+                    let (_, port) = ports.iter().find(|(of, _)| *of == service)?;
+                    Some((member.server, *port))
+                };
+                // In the order of the configuration, which is that of the ids.
+                members.iter().filter_map(port).collect()
+            }),
         }
     }
 

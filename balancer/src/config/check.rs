@@ -8,6 +8,7 @@ use std::time::Duration;
 use shunt_host::{ConfigError, Family, Role, Source};
 use toml::Spanned;
 
+use super::answer::AnswerBy;
 use super::file::{Addresses, File, LimitsTable, ServerTable, ServiceTable, TimersTable};
 use super::health::CheckTable;
 use super::{
@@ -22,7 +23,8 @@ pub(super) type Result<T> = std::result::Result<T, ConfigError>;
 pub(super) fn check(source: &Source) -> Result<Config> {
     shunt_host::expect_role(source, Role::Balancer)?;
     let file: File = source.parse()?;
-    let checker = Checker { source, forward: file.forward, health: &file.health };
+    let checker =
+        Checker { source, forward: file.forward, health: &file.health, answer: file.answer.as_ref() };
     let link = checker.link(file.link.as_ref())?;
     let vips = checker.vips(&file.vips)?;
     let classes = checker.classes(&file.class)?;
@@ -79,6 +81,7 @@ pub(super) struct Checker<'a> {
     source: &'a Source,
     pub(super) forward: ForwardMode,
     health: &'a CheckTable,
+    answer: Option<&'a Spanned<AnswerBy>>,
 }
 
 impl Checker<'_> {
@@ -153,6 +156,8 @@ impl Checker<'_> {
             let policy = table.policy.as_ref().map_or_else(PolicyName::default, |policy| *policy.get_ref());
             let traffic = self.traffic(table, classes)?;
             let check = CheckTable::resolve(table.check.as_ref(), self.health, self.forward, self.source)?;
+            let own = table.answer.as_ref();
+            let answer = AnswerBy::resolve(own, self.answer, self.forward, &protocols, self.source)?;
             services.push(Service {
                 name,
                 redirect_port: port,
@@ -163,6 +168,7 @@ impl Checker<'_> {
                 // Only TCP says whether somebody is there.
                 check: check.filter(|_| protocols.contains(&Transport::Tcp)),
                 protocols,
+                answer,
             });
         }
         Ok(services)

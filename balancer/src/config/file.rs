@@ -10,6 +10,7 @@ use shunt_host::control::ControlSettings;
 use shunt_host::{HostSettings, Role};
 use toml::Spanned;
 
+use super::answer::AnswerBy;
 use super::health::CheckTable;
 use super::portless::{IcmpTable, ProtocolTable};
 use super::ports::Ports;
@@ -30,6 +31,8 @@ pub(super) struct File {
     pub(super) link: Option<Spanned<String>>,
     #[serde(default)]
     pub(super) level: Option<Spanned<u8>>,
+    #[serde(default)]
+    pub(super) answer: Option<Spanned<AnswerBy>>,
     #[serde(default)]
     pub(super) default_server: Option<Spanned<String>>,
     #[serde(default)]
@@ -102,6 +105,8 @@ pub(super) struct ServiceTable {
     pub(super) limit: Option<LimitTable>,
     #[serde(default)]
     pub(super) check: Option<Spanned<CheckTable>>,
+    #[serde(default)]
+    pub(super) answer: Option<Spanned<AnswerBy>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -2,6 +2,7 @@
 //!
 //! A [`Config`] only exists checked; what it means for packets is [`Table`](crate::table::Table)'s business.
 
+mod answer;
 mod check;
 mod file;
 mod health;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use shunt_host::control::ControlOptions;
 use shunt_host::{ConfigError, Family, HostOptions, PortRange, Source};
 
+pub use answer::AnswerBy;
 pub use health::{Check, CheckKind};
 
 pub use portless::{IcmpRules, Portless};
@@ -159,6 +161,8 @@ pub struct Service {
     pub(crate) traffic: Traffic,
     /// How its servers' health is looked at; `None` if it is not.
     pub(crate) check: Option<Check>,
+    /// Who answers SYNs with R.
+    pub(crate) answer: AnswerBy,
 }
 
 impl Service {
@@ -337,9 +341,10 @@ impl Config {
                 let ports = owned.chain(member.then_some(service.redirect_port));
                 let of_protocol = |port| service.protocols.iter().map(move |of| (of.number(), port));
                 for (protocol, port) in ports.flat_map(of_protocol) {
+                    let confirms = service.is_confirmed_here(server.owns(number, port), protocol);
                     for &vip in &service.vips {
                         if let Some(address) = server.address(Family::of(vip)) {
-                            ways.push(WayBack { address, protocol, port, vip, server: index });
+                            ways.push(WayBack { address, protocol, port, vip, server: index, confirms });
                         }
                     }
                 }
@@ -362,7 +367,7 @@ impl Config {
             let asked = self.icmp.all().any(|to| gets(to, vip)).then_some(icmp);
             let others = self.protocols.iter().filter(|(_, to)| gets(**to, vip)).map(|(number, _)| *number);
             for protocol in others.chain(asked) {
-                ways.push(WayBack { address, protocol, port: 0, vip, server: index });
+                ways.push(WayBack { address, protocol, port: 0, vip, server: index, confirms: false });
             }
         }
     }
@@ -378,6 +383,8 @@ pub(crate) struct WayBack {
     pub(crate) port: u16,
     pub(crate) vip: IpAddr,
     pub(crate) server: usize,
+    /// Whether SYN-ACKs from there get C here (`B1`).
+    pub(crate) confirms: bool,
 }
 
 impl fmt::Display for ForwardMode {

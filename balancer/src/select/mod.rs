@@ -82,6 +82,13 @@ impl SelectKey {
         SelectKey(key)
     }
 
+    /// A key of its own for another purpose: who knows that one knows nothing of this one.
+    pub(crate) fn derived(self, purpose: &[u8]) -> [u8; 16] {
+        let mut hasher = SipHasher24::new_with_key(&self.0);
+        hasher.write(purpose);
+        hasher.finish128().as_bytes()
+    }
+
     /// Two numbers of a request by its addresses, ports and ISN: the same for a repeated SYN (`B1`). A datagram's are
     /// told apart by `number` instead.
     fn draw(self, request: &Request<'_>, number: impl FnOnce() -> u64) -> Hash128 {

@@ -1,5 +1,6 @@
 //! Packets in, routes and bytes out.
 
+mod answers;
 mod connections;
 mod datagrams;
 mod fragments;

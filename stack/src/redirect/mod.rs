@@ -19,8 +19,8 @@ pub(crate) use numbers::window_scale;
 pub use numbers::{ConnectionNumbers, NumbersOf, Timestamps};
 pub use reply::{Limiter, can_answer};
 pub use server::{
-    DeclineReason, RedirectError, RedirectOutcome, Server, ServerConfig, ServerCounters, ServerEvent,
-    ServicePorts, Silence,
+    Answerer, DeclineReason, RedirectError, RedirectOutcome, Server, ServerConfig, ServerCounters,
+    ServerEvent, ServicePorts, Silence, can_redirect,
 };
 
 pub use token::{KeysError, MAX_KEYS, Purpose, SLOT_SECONDS, TokenError, TokenKeys};

@@ -32,10 +32,8 @@ use super::numbers::{NumbersOf, unknown};
 use super::reply::{self, Limiter};
 use super::{Action, Towards, Transmit};
 use crate::time::Instant;
-use crate::wire::{
-    Packet, Protocol, RedirectOption, Segment, SeqNumber, TcpFlags, TcpOption, TcpView, observed_digest,
-};
-use answer::Answerer;
+use crate::wire::{Packet, Protocol, RedirectOption, Segment, SeqNumber, TcpFlags, observed_digest};
+pub use answer::{Answerer, can_redirect};
 use half_open::{HalfOpen, HalfOpenTable, Key};
 use rebind::Rebind;
 use redirection::Redirection;
@@ -94,7 +92,7 @@ impl Server {
             exid,
             mtu,
             max_hops: config.max_hops,
-            answerer: Answerer { exid, key: isn_key, mtu },
+            answerer: Answerer::new(exid, isn_key, mtu),
             ports: BTreeMap::new(),
             deaf: BTreeSet::new(),
             elsewhere: BTreeMap::new(),
@@ -331,7 +329,7 @@ impl Server {
             self.half_open.remove(Key { client: syn.client, service: syn.asked });
             return Action::Pass;
         };
-        if !fit(packet) {
+        if !can_redirect(packet) {
             self.counters.unfit_syns += 1;
             return Action::Pass;
         }
@@ -537,19 +535,4 @@ impl Syn {
         let isn = packet.tcp()?.seq();
         Some(Syn { client: packet.source_socket()?, asked: packet.destination_socket()?, isn })
     }
-}
-
-/// Whether a SYN with R may be touched at all.
-fn fit(packet: &Packet) -> bool {
-    // A signature or another protocol's token over the segment would not survive a rewrite (C1).
-    let bound = |tcp: TcpView<'_>| {
-        tcp.options().map_while(Result::ok).any(|option| {
-            matches!(option, TcpOption::Md5Signature | TcpOption::Authentication | TcpOption::Multipath)
-        })
-    };
-    packet.offload().gso.is_none()
-        && packet.source() != packet.destination()
-        && packet.source_socket().is_some_and(|client| client.port() != 0 && reply::can_answer(client.ip()))
-        && packet.checksum_ok()
-        && !packet.tcp().is_some_and(bound)
 }

@@ -1,10 +1,12 @@
-//! SYN-ACKs made from the SYN alone (`S2`): no state before, none after.
+//! SYN-ACKs made from the SYN alone (`S2`): no state before, none after. Servers' agents and balancers (`B1`) answer alike.
 
+use std::fmt;
 use std::hash::Hasher;
 use std::net::{IpAddr, SocketAddr};
 
 use siphasher::sip::SipHasher24;
 
+use crate::redirect::reply::can_answer;
 use crate::time::Instant;
 use crate::wire::{Packet, RedirectOption, Segment, SeqNumber, TcpFlags, TcpOption, TcpView};
 
@@ -13,16 +15,22 @@ const WINDOW: u16 = 65_535;
 const WINDOW_SCALE: u8 = 7;
 
 /// What a stateless SYN-ACK depends on beside the SYN.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Answerer {
-    pub(super) exid: u16,
-    pub(super) key: [u8; 16],
-    pub(super) mtu: usize,
+#[derive(Clone, Copy)]
+pub struct Answerer {
+    exid: u16,
+    key: [u8; 16],
+    mtu: usize,
 }
 
 impl Answerer {
+    /// An answerer under an experiment identifier (RFC 6994). `key` is the secret behind its sequence numbers; `mtu` is
+    /// that of the segments offered and of the answer, in bytes.
+    pub fn new(exid: u16, key: [u8; 16], mtu: usize) -> Answerer {
+        Answerer { exid, key, mtu }
+    }
+
     /// The SYN-ACK to `syn`, from the port asked, carrying `option`; `None` if `syn` is not TCP or without room (`W2`).
-    pub(super) fn answer(&self, now: Instant, syn: &Packet, option: &RedirectOption) -> Option<Packet> {
+    pub fn answer(&self, now: Instant, syn: &Packet, option: &RedirectOption) -> Option<Packet> {
         let tcp = syn.tcp()?;
         let client = SocketAddr::new(syn.source(), tcp.source_port());
         let asked = SocketAddr::new(syn.destination(), tcp.destination_port());
@@ -110,6 +118,28 @@ impl Answerer {
         let headers = if client.is_ipv4() { 40 } else { 60 };
         u16::try_from(self.mtu.saturating_sub(headers)).unwrap_or(u16::MAX).max(88)
     }
+}
+
+impl fmt::Debug for Answerer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answerer").field("exid", &self.exid).field("mtu", &self.mtu).finish_non_exhaustive()
+    }
+}
+
+/// Whether a SYN with R may be redirected, or touched at all.
+pub fn can_redirect(syn: &Packet) -> bool {
+    // A signature or another protocol's token over the segment would not survive a rewrite (C1).
+    let bound = |tcp: TcpView<'_>| {
+        tcp.options().map_while(Result::ok).any(|option| {
+            matches!(option, TcpOption::Md5Signature | TcpOption::Authentication | TcpOption::Multipath)
+        })
+    };
+    syn.fragment().is_none()
+        && syn.offload().gso.is_none()
+        && syn.source() != syn.destination()
+        && syn.source_socket().is_some_and(|client| client.port() != 0 && can_answer(client.ip()))
+        && syn.checksum_ok()
+        && !syn.tcp().is_some_and(bound)
 }
 
 fn write_address(hasher: &mut SipHasher24, address: IpAddr) {

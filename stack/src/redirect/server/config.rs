@@ -100,6 +100,11 @@ pub enum RedirectError {
     TooMany(usize),
 }
 
+impl ServerConfig {
+    /// Redirects of one connect after which no further one is answered (`C3`), unless configured.
+    pub const DEFAULT_MAX_HOPS: u8 = 3;
+}
+
 impl Default for ServerConfig {
     fn default() -> Self {
         ServerConfig {
@@ -109,7 +114,7 @@ impl Default for ServerConfig {
             half_open_limit: 65_536,
             half_open_lifetime: Duration::from_secs(64),
             mtu: 1500,
-            max_hops: 3,
+            max_hops: ServerConfig::DEFAULT_MAX_HOPS,
             replies_per_second: 100,
             redirect_timeout: Duration::from_secs(30),
             on_silence: Silence::GiveUp,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::wire::{DEFAULT_EXID, Gso, GsoKind, Offload};
+use crate::wire::{DEFAULT_EXID, Gso, GsoKind, Offload, TcpOption};
 
 const X: u16 = 443;
 const Y: u16 = 41001;
