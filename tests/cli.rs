@@ -144,6 +144,28 @@ fn mistakes_are_told_with_file_and_line() {
 }
 
 #[test]
+fn mistakes_in_a_file_of_keys_are_told_with_its_line_and_without_its_text() {
+    use std::os::unix::fs::PermissionsExt as _;
+    const SECRET: &str = "00112233445566778899aabbccddeeff";
+    let files = Files::new();
+    let keys = files.write("keys", &format!("# ours\n0 {SECRET}\n0 {SECRET}\n"));
+    let mode = |mode| std::fs::set_permissions(&keys, std::fs::Permissions::from_mode(mode)).expect("a mode");
+    for (role, good) in ROLES.into_iter().filter(|(role, _)| *role != "client") {
+        let table = format!("{good}\n[token]\nkeys = \"{}\"\nrequire = \"always\"\n", keys.display());
+        let path = files.write("tokens.toml", &table);
+        mode(0o600);
+        let run = shunt(&["check", text(&path)]);
+        assert_eq!(run.code, Some(USAGE), "{role}: {}", run.stderr);
+        let place = format!("{}:3: this number has a key already", keys.display());
+        assert!(run.stderr.starts_with(&place) && !run.stderr.contains(SECRET), "{role}: {}", run.stderr);
+        mode(0o644);
+        let run = shunt(&["check", text(&path)]);
+        assert_eq!(run.code, Some(USAGE), "{role}: {}", run.stderr);
+        assert!(run.stderr.contains("others can read"), "{role}: {}", run.stderr);
+    }
+}
+
+#[test]
 fn unknown_keys_are_refused_at_every_place() {
     let files = Files::new();
     for (role, good) in ROLES {

@@ -54,9 +54,10 @@ impl Balancer {
             port: Some(port),
             hops: asked.hops,
             observed: asked.confirm.then(|| observed_digest(client)),
+            token: self.token(syn.destination(), client.ip(), syn.ports()?.1, port),
             ..RedirectOption::default()
         };
-        answerer.answer(self.now(), syn, &option)
+        answerer.answer(self.now(), syn, &option, self.tokens.may_demand())
     }
 
     /// Adds C to a server's SYN-ACK from a service port (`C5`), unless it says something already: an agent's. Whether its

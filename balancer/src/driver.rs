@@ -230,6 +230,7 @@ async fn carry<D: Device>(
         }
         if waited || left == 0 {
             active.balancer.advance(clock.now());
+            active.balancer.set_clock(clock.wall());
             left = BATCH;
         }
         left -= 1;

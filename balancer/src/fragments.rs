@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use shunt_stack::redirect::Limiter;
+use shunt_stack::redirect::{Gauge, Limiter};
 use shunt_stack::time::Instant;
 use shunt_stack::wire::{Fragment, Packet, Protocol};
 
@@ -133,12 +133,13 @@ impl FragmentCache {
     }
 }
 
-/// All that a balancer remembers beside its configuration and counters: fragmented datagrams, and how many packets it
-/// has answered lately.
+/// All that a balancer remembers beside its configuration and counters: fragmented datagrams, how many packets it
+/// has answered lately, and how many SYNs have come to service ports.
 #[derive(Debug)]
 pub struct Memory {
     fragments: FragmentCache,
     answers: Limiter,
+    gauge: Gauge,
 }
 
 impl Memory {
@@ -148,6 +149,7 @@ impl Memory {
         Memory {
             fragments: FragmentCache::new(limits.fragments, limits.fragment_lifetime),
             answers: Limiter::new(limits.answers_per_second),
+            gauge: Gauge::default(),
         }
     }
 
@@ -186,6 +188,8 @@ impl Balancer {
 
     /// What [`handle`](Self::handle) does with a packet, before it does it.
     pub(crate) fn decide(&self, memory: &mut Memory, now: Instant, packet: &Packet) -> Verdict {
+        // Before limits: what is not let in shall take nothing from those that are.
+        self.guard(&mut memory.gauge, now, packet).map_err(DropReason::Token)?;
         let mut verdict = self.verdict(&mut memory.fragments, now, packet);
         if matches!(verdict, Ok(Route::Answer)) && !memory.answers.take(now) {
             verdict = Err(DropReason::AnswerLimit);

@@ -35,6 +35,7 @@ pub mod stats;
 pub mod table;
 #[cfg(test)]
 mod tests;
+mod tokens;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -58,6 +59,7 @@ pub use table::{ServerId, Table};
 use qos::Qos;
 use select::Lives;
 use stats::ServerStats;
+use tokens::Tokens;
 
 /// A table and the counters of what it decides. A reload makes another one with [`Balancer::successor`].
 #[derive(Debug)]
@@ -73,6 +75,7 @@ pub struct Balancer {
     due: Mutex<Due>,
     /// `None` if no service's clients are answered here (`B1`).
     answerer: Option<Answerer>,
+    tokens: Tokens,
     key: SelectKey,
 }
 
@@ -116,6 +119,7 @@ impl Balancer {
             half_life: config.counts_packets().then_some(config.packets_half_life),
             due: Mutex::default(),
             answerer: answer::answerer(config, key),
+            tokens: Tokens::new(config),
             key,
         }
     }
@@ -205,7 +209,7 @@ impl Balancer {
     }
 
     /// Limits, routes, counts, rewrites and marks one packet without a memory: later fragments are unknown, answers
-    /// are not limited (drivers use [`handle`](Self::handle)). Says where it leaves.
+    /// are not limited, no token is asked for (drivers use [`handle`](Self::handle)). Says where it leaves.
     ///
     /// # Errors
     /// Why it is dropped; it has been counted.

@@ -6,6 +6,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
+use shunt_stack::redirect::TokenRefusal;
 use shunt_stack::wire::{Packet, ParseError, Protocol, TcpView};
 use thiserror::Error;
 
@@ -150,6 +151,9 @@ pub enum DropReason {
     /// The link of the chosen server is not there.
     #[error("the link of server {0} is missing")]
     NoConnector(ServerId),
+    /// §10: a SYN to a service port without the token that is demanded.
+    #[error("not let in: {0}")]
+    Token(TokenRefusal),
     /// The chosen server has no address of the packet's family.
     #[error("server {0} has no address of this family")]
     Family(ServerId),
@@ -162,6 +166,7 @@ impl DropReason {
             self,
             DropReason::Legacy(_)
                 | DropReason::Limited(_)
+                | DropReason::Token(_)
                 | DropReason::Family(_)
                 | DropReason::NoConnector(_)
                 | DropReason::Refused(_)
@@ -299,7 +304,7 @@ impl Balancer {
     }
 
     /// A SYN with a valid option and R (`B1`); with a malformed one it is plain (`W1`).
-    fn asks_for_redirect(&self, tcp: TcpView<'_>) -> bool {
+    pub(crate) fn asks_for_redirect(&self, tcp: TcpView<'_>) -> bool {
         tcp.is_syn() && tcp.redirect(self.table.exid).is_ok_and(|option| option.is_some_and(|o| o.redirect))
     }
 

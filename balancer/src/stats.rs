@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
+use shunt_stack::redirect::TokenRefusal;
 use shunt_stack::wire::{Packet, ParseError, TcpFlags};
 
 use crate::Balancer;
@@ -33,7 +34,7 @@ const WAYS: [(Way, &str); 17] = [
     (Way::Redirect, "redirected"),
 ];
 
-const REASONS: [&str; 19] = [
+const REASONS: [&str; 23] = [
     "unreadable",
     "unknown_port",
     "protocol",
@@ -53,6 +54,10 @@ const REASONS: [&str; 19] = [
     "limited_bytes",
     "limited_new",
     "no_connector",
+    "token_missing",
+    "token_unknown_key",
+    "token_expired",
+    "token_mismatch",
 ];
 
 fn reason_index(reason: DropReason) -> usize {
@@ -76,6 +81,10 @@ fn reason_index(reason: DropReason) -> usize {
         DropReason::Limited(Limit::Bytes) => 16,
         DropReason::Limited(Limit::New) => 17,
         DropReason::NoConnector(_) => 18,
+        DropReason::Token(TokenRefusal::Missing) => 19,
+        DropReason::Token(TokenRefusal::UnknownKey(_)) => 20,
+        DropReason::Token(TokenRefusal::Expired) => 21,
+        DropReason::Token(TokenRefusal::Mismatch) => 22,
     }
 }
 
@@ -103,6 +112,9 @@ pub struct Stats {
     malformed_options: Counter,
     confirmed: Counter,
     unconfirmed: Counter,
+    /// Times that there began to be load, and that it ended (§10).
+    loads: Counter,
+    loads_over: Counter,
     /// As last seen.
     fragments: AtomicU64,
     fragments_evicted: Counter,
@@ -141,6 +153,10 @@ pub struct Snapshot {
     pub confirmed_syn_acks: u64,
     /// SYN-ACKs of servers without room for it (`W2`).
     pub unconfirmed_syn_acks: u64,
+    /// Times that tokens began to be demanded because of load (§10).
+    pub token_loads: u64,
+    /// Whether there was such load when the last SYN came to a service port.
+    pub token_load: bool,
     /// Fragmented datagrams remembered (§9), when one was last added.
     pub fragments: u64,
     /// Fragmented datagrams forgotten before their time because there were too many.
@@ -192,6 +208,11 @@ pub struct ServerSnapshot {
 impl Stats {
     pub(crate) fn device_error(&self) {
         self.device_errors.add(1);
+    }
+
+    /// Notes that there is load, or no longer (§10).
+    pub(crate) fn load(&self, begins: bool) {
+        if begins { self.loads.add(1) } else { self.loads_over.add(1) }
     }
 
     /// Counts a SYN-ACK that was to get C.
@@ -310,6 +331,8 @@ impl Balancer {
             malformed_options: stats.malformed_options.value(),
             confirmed_syn_acks: stats.confirmed.value(),
             unconfirmed_syn_acks: stats.unconfirmed.value(),
+            token_loads: stats.loads.value(),
+            token_load: stats.loads.value() > stats.loads_over.value(),
             fragments: stats.fragments.load(Ordering::Relaxed),
             fragments_evicted: stats.fragments_evicted.value(),
             device_errors: stats.device_errors.value(),
@@ -360,6 +383,7 @@ impl fmt::Display for Snapshot {
             ("malformed_options", self.malformed_options),
             ("confirmed_syn_acks", self.confirmed_syn_acks),
             ("unconfirmed_syn_acks", self.unconfirmed_syn_acks),
+            ("token_loads", self.token_loads),
             ("fragments_evicted", self.fragments_evicted),
             ("device_errors", self.device_errors),
             ("reloads", self.reloads),
@@ -367,6 +391,8 @@ impl fmt::Display for Snapshot {
         ] {
             writeln!(f, "# TYPE shunt_balancer_{name}_total counter\nshunt_balancer_{name}_total {value}")?;
         }
+        let load = u8::from(self.token_load);
+        writeln!(f, "# TYPE shunt_balancer_token_load gauge\nshunt_balancer_token_load {load}")?;
         writeln!(f, "# TYPE shunt_balancer_fragments gauge\nshunt_balancer_fragments {}", self.fragments)?;
         let columns: [(&str, Column); 10] = [
             ("selected", |server| server.selected),

@@ -334,9 +334,8 @@ impl SetBuilder<'_> {
             maglev: self.maglev(&members),
             answers: config.services[service].is_answered_here().then(|| {
                 let port = |member: &Member| {
-                    let ports = &config.servers[member.server.index()].ports;
-                    let (_, port) = ports.iter().find(|(of, _)| *of == service)?;
-                    Some((member.server, *port))
+                    let server = &config.servers[member.server.index()];
+                    Some((member.server, server.port(service)?))
                 };
                 // In the order of the configuration, which is that of the ids.
                 members.iter().filter_map(port).collect()

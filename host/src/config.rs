@@ -53,6 +53,17 @@ struct Location {
     width: usize,
 }
 
+impl Location {
+    /// Of a line that must not be shown.
+    fn hidden(line: usize) -> Self {
+        Location { line, text: String::new(), column: 0, width: 0 }
+    }
+
+    fn is_hidden(&self) -> bool {
+        self.width == 0
+    }
+}
+
 /// A mistake in a configuration file. `Display` shows it as rustc does: `client.toml:12: message`, then the line
 /// and carets under the part that is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +74,11 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
+    /// A mistake in a line of a file that holds secrets: its text is not shown.
+    pub fn at_line(path: impl Into<PathBuf>, line: usize, message: impl Into<String>) -> Self {
+        ConfigError { path: path.into(), location: Some(Location::hidden(line)), message: message.into() }
+    }
+
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
@@ -85,6 +101,9 @@ impl fmt::Display for ConfigError {
         let Some(Location { line, text, column, width }) = &self.location else {
             return write!(f, "{path}: {}", self.message);
         };
+        if self.location.as_ref().is_some_and(Location::is_hidden) {
+            return write!(f, "{path}:{line}: {}", self.message);
+        }
         let number = line.to_string();
         let margin = " ".repeat(number.len());
         // Tabs are kept, so that the carets stand below what they mean.

@@ -57,6 +57,7 @@ mod sysctl;
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod token;
 
 pub use change::Change;
 pub use config::{ConfigError, Role, Source, expect_role, load, role_of};
@@ -67,3 +68,4 @@ pub use namespace::namespace_id;
 pub use nft::nft_available;
 pub use options::{HostOptions, HostSettings};
 pub use prefix::{Family, PortRange, Prefix, Transport};
+pub use token::{TokenOptions, TokenSettings};

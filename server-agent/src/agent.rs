@@ -79,7 +79,8 @@ async fn serve(
     let device = TunDevice::create(tun).map_err(Error::Device)?;
     let hangup = signal(SignalKind::hangup()).map_err(Error::Signal)?;
     // The machine is told who listens before the first packet comes.
-    let mut server = Server::new(machine(&config, &facts)?);
+    let clock = Clock::start();
+    let mut server = Server::new(machine(&config, &facts, clock)?);
     let mut watch = Watch::default();
     watch.look(&config, &mut server).await;
     host.apply(setup::changes(&config, &facts, &[])).await?;
@@ -93,7 +94,7 @@ async fn serve(
         host,
         server,
         watch,
-        clock: Clock::start(),
+        clock,
         hangup,
         desk,
         asked: Vec::new(),
@@ -114,7 +115,7 @@ async fn serve(
     }
 }
 
-fn machine(config: &Config, facts: &Facts) -> Result<ServerConfig, Error> {
+fn machine(config: &Config, facts: &Facts, clock: Clock) -> Result<ServerConfig, Error> {
     let mut isn_key = [0; 16];
     let random = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut isn_key));
     random.map_err(Error::Random)?;
@@ -128,6 +129,9 @@ fn machine(config: &Config, facts: &Facts) -> Result<ServerConfig, Error> {
         max_hops: config.max_hops,
         redirect_timeout: config.move_timeout,
         on_silence: config.move_silence,
+        tokens: config.tokens.clone(),
+        shared: config.shared.clone(),
+        clock: clock.wall(),
         ..ServerConfig::default()
     })
 }
@@ -209,6 +213,7 @@ impl Agent<'_> {
                 () = &mut shutdown => break,
                 _ = self.hangup.recv() => self.reload().await,
                 _ = self.ticks.tick() => {
+                    self.server.set_clock(self.clock.wall());
                     self.watch.look(&self.config, &mut self.server).await;
                     self.publish();
                 }
@@ -312,6 +317,7 @@ impl Agent<'_> {
             return;
         }
         self.server.set_services(&new.service_ports());
+        self.server.set_tokens(new.tokens.clone(), new.shared.clone());
         self.addresses = new.addresses.iter().copied().collect();
         self.ticks = ticks(&new);
         self.config = new;
@@ -340,6 +346,10 @@ fn narrate(event: ServerEvent) {
         ServerEvent::Rebound { client, service, port } => {
             tracing::debug!(%client, %service, port, "the client has another port");
         }
+        ServerEvent::Load { demanded: true } => {
+            tracing::warn!("many SYNs come to service ports: tokens are demanded from now on");
+        }
+        ServerEvent::Load { demanded: false } => tracing::info!("tokens are no longer demanded"),
         ServerEvent::Declined { client, asked, reason } => {
             tracing::debug!(%client, %asked, ?reason, "not redirected");
         }

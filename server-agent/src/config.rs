@@ -1,9 +1,11 @@
 //! The server's TOML file: what may be written, what is left out, and what is refused with file and line.
 
 mod file;
+mod shared;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +13,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use shunt_host::control::ControlOptions;
 use shunt_host::{ConfigError, HostOptions, Source};
-use shunt_stack::redirect::{ServicePorts, Silence};
+use shunt_stack::redirect::{ServicePorts, Silence, TokenPolicy};
 
 /// Which packets the agent gets to see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -66,6 +68,10 @@ pub struct Config {
     pub move_timeout: Duration,
     /// What follows if it has not closed by then (`M2`, O8).
     pub move_silence: Silence,
+    /// Tokens: made where there are keys, demanded as it says (PROTOCOL.md §10).
+    pub tokens: TokenPolicy,
+    /// The VIP of each service socket, where clients know it by another address than ours: tokens are bound to that.
+    pub shared: BTreeMap<SocketAddr, IpAddr>,
     /// The control socket.
     pub control: ControlOptions,
     /// Where the count of connections is served to balancers, if it is.

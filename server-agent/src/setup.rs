@@ -177,6 +177,16 @@ impl Setup<'_> {
                 flags: Some(FlagMatch::SYN),
                 ..SegmentMatch::default()
             });
+            if self.config.tokens.may_demand() {
+                // Those without the option have no token either (PROTOCOL.md §10).
+                divert.incoming.push(SegmentMatch {
+                    interface: interface.clone(),
+                    destination: self.prefixes(),
+                    destination_ports: self.service_ports(),
+                    flags: Some(FlagMatch::SYN),
+                    ..SegmentMatch::default()
+                });
+            }
             divert.outgoing.push(SegmentMatch {
                 source: self.prefixes(),
                 source_ports: self.service_ports(),
@@ -272,6 +282,26 @@ mod tests {
         let all = "divert = \"all\"";
         let without = changes(&config(all), &facts(true), &[]);
         assert_eq!(changes(&config(all), &facts(true), &[moving]), without);
+    }
+
+    #[test]
+    fn where_tokens_are_demanded_all_syns_to_service_ports_are_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let keys = folder.path().join("keys");
+        std::fs::write(&keys, "0 000102030405060708090a0b0c0d0e0f").unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&keys, mode).unwrap();
+        let table = |require: &str| {
+            let table = format!("[token]\nkeys = \"{}\"\nrequire = \"{require}\"", keys.display());
+            diverts(&changes(&config(&table), &facts(true), &[])).unwrap().incoming.clone()
+        };
+        assert_eq!(table("never").len(), 1);
+        for require in ["always", "under-load"] {
+            let incoming = table(require);
+            assert_eq!(incoming.len(), 2);
+            assert_eq!((incoming[1].option, incoming[1].flags), (None, Some(FlagMatch::SYN)));
+            assert_eq!(incoming[1].destination_ports, [PortRange::from(41001)], "plain clients' pass by");
+        }
     }
 
     #[test]

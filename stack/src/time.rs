@@ -32,6 +32,32 @@ impl Instant {
     }
 }
 
+/// Wall-clock time by the core's own: what the driver last found when it compared the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WallClock(u64);
+
+impl WallClock {
+    /// The clock by which Unix time is `unix` now.
+    pub fn new(now: Instant, unix: Duration) -> Self {
+        WallClock(u64::try_from(unix.as_micros()).unwrap_or(u64::MAX).saturating_sub(now.0))
+    }
+
+    /// The clock by which the origin is so many microseconds of Unix time.
+    pub const fn from_micros(origin: u64) -> Self {
+        WallClock(origin)
+    }
+
+    /// The Unix time of the origin, in microseconds.
+    pub const fn micros(self) -> u64 {
+        self.0
+    }
+
+    /// Unix time in seconds.
+    pub fn seconds(self, now: Instant) -> u64 {
+        self.0.saturating_add(now.0) / 1_000_000
+    }
+}
+
 impl Add<Duration> for Instant {
     type Output = Instant;
 

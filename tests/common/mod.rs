@@ -500,7 +500,12 @@ impl Net {
     }
 
     pub fn start_agent(&mut self, number: u16) {
-        let config = self.write(&format!("agent{number}.toml"), &self.agent_config(number, ""));
+        self.start_agent_with(number, "");
+    }
+
+    /// The same with further keys and tables in its file.
+    pub fn start_agent_with(&mut self, number: u16, extra: &str) {
+        let config = self.write(&format!("agent{number}.toml"), &self.agent_config(number, extra));
         let server = &self.servers[usize::from(number) - 1];
         let agent = self.daemon(&server.host, "server", &config, &[]);
         self.servers[usize::from(number) - 1].agent = Some(agent);

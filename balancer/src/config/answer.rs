@@ -54,6 +54,6 @@ impl Service {
 impl Server {
     /// Whether a port is its service port for a service.
     pub(super) fn owns(&self, service: usize, port: u16) -> bool {
-        self.ports.contains(&(service, port))
+        self.ports_of(service).any(|range| range.contains(port))
     }
 }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use shunt_host::{ConfigError, Family, Role, Source};
+use shunt_stack::redirect::{Prefix, TokenKeys, TokenPolicy};
 use toml::Spanned;
 
 use super::answer::AnswerBy;
@@ -68,6 +69,7 @@ pub(super) fn check(source: &Source) -> Result<Config> {
         packets_half_life: checker.seconds(file.packets_half_life_s.as_ref(), 10)?,
         admin_ports,
         statistics: checker.statistics(&file.statistics)?,
+        tokens: tokens(&file, source)?,
         control: file.control.resolve(Role::Balancer, source)?,
         check_ports: file.health.source_ports(source)?,
         host,
@@ -75,6 +77,18 @@ pub(super) fn check(source: &Source) -> Result<Config> {
     };
     checker.way_back_is_unambiguous(&file, &config)?;
     Ok(config)
+}
+
+fn tokens(file: &File, source: &Source) -> Result<TokenPolicy> {
+    let parse = |text: &str| TokenKeys::parse(text).map_err(|error| (error.line, error.problem));
+    let options = file.token.resolve(source, parse)?;
+    let prefix = |prefix: &shunt_host::Prefix| Prefix { address: prefix.address(), length: prefix.len() };
+    Ok(TokenPolicy {
+        keys: options.keys,
+        require: options.require,
+        under_load: options.under_load,
+        trusted: options.trusted.iter().map(prefix).collect(),
+    })
 }
 
 pub(super) struct Checker<'a> {

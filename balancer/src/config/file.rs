@@ -7,7 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use shunt_host::control::ControlSettings;
-use shunt_host::{HostSettings, Role};
+use shunt_host::{HostSettings, Role, TokenSettings};
+use shunt_stack::redirect::Require;
 use toml::Spanned;
 
 use super::answer::AnswerBy;
@@ -61,6 +62,8 @@ pub(super) struct File {
     pub(super) statistics: StatisticsTable,
     #[serde(default)]
     pub(super) health: CheckTable,
+    #[serde(default)]
+    pub(super) token: TokenSettings<Require>,
     #[serde(default)]
     pub(super) control: ControlSettings,
     #[serde(default)]

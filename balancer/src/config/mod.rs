@@ -23,6 +23,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use shunt_host::control::ControlOptions;
 use shunt_host::{ConfigError, Family, HostOptions, PortRange, Source};
+use shunt_stack::redirect::TokenPolicy;
 
 pub use answer::AnswerBy;
 pub use health::{Check, CheckKind};
@@ -243,6 +244,8 @@ pub struct Config {
     pub(crate) admin_ports: Vec<u16>,
     /// Whether and how connections are counted.
     pub(crate) statistics: Option<Statistics>,
+    /// Tokens: made where there are keys, demanded as it says (§10).
+    pub(crate) tokens: TokenPolicy,
     pub(crate) control: ControlOptions,
     /// Own source ports of health checks.
     pub(crate) check_ports: PortRange,

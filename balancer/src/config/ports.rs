@@ -101,6 +101,12 @@ impl Checker<'_> {
             if ranges.iter().any(|range| range.first() == 0) {
                 return self.fail(written.span(), "port 0 cannot be used");
             }
+            let alone = matches!(ranges[..], [range] if range.first() == range.last());
+            if services[service].is_answered_here() && !alone {
+                let message = "whose ports those are only the balancer below knows: with `answer = \"balancer\"` a server \
+                               has one port of a service";
+                return self.fail(written.span(), message);
+            }
             ports.extend(ranges.iter().map(|range| (service, *range)));
         }
         Ok(ports)

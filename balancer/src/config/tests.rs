@@ -532,6 +532,11 @@ fn o21_a_server_may_own_several_ports_and_ranges_of_them() {
         assert!(error.message().contains(told), "{ports}: {error}");
         assert_eq!(error.line(), Some(16), "{ports}: {error}");
     }
+    let answering = GOOD
+        .replace("{ web = 41001 }", "{ web = [41001, 41003] }")
+        .replace("policy = ", "answer = \"balancer\"\npolicy = ");
+    let error = parse(&answering).unwrap_err();
+    assert!(error.message().contains("only the balancer below knows"), "{error}");
     // The second server's port lies within the first one's.
     let error = with("\"41000-41009\"").unwrap_err();
     assert!(error.message().contains("41002 of 203.0.113.10 is the server \"web-1\"'s already"), "{error}");

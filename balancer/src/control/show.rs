@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::Serialize;
 
 use crate::config::ports::Ports;
-use crate::config::{Check, Config, ForwardMode, Legacy, PolicyName, State};
+use crate::config::{AnswerBy, Check, Config, ForwardMode, Legacy, PolicyName, State};
 use crate::connectors::Connectors;
 use crate::health::{self, CheckReport, Monitor};
 use crate::stats::{ServerSnapshot, Snapshot};
@@ -29,6 +29,7 @@ struct ServiceShow<'a> {
     redirect_port: u16,
     vips: &'a [IpAddr],
     policy: PolicyName,
+    answer: AnswerBy,
     check: Option<&'a Check>,
     /// Servers, and those of them that take new connections.
     servers: usize,
@@ -105,6 +106,7 @@ pub(super) fn show<'a>(
             redirect_port: service.redirect_port,
             vips: &service.vips,
             policy: service.policy,
+            answer: service.answer,
             check: service.check.as_ref(),
             servers: own().count(),
             taking,

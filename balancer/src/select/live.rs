@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use shunt_stack::time::Instant;
+use shunt_stack::time::{Instant, WallClock};
 use thiserror::Error;
 
 use crate::stats::ServerStats;
@@ -112,6 +112,8 @@ pub(crate) struct Lives {
 struct Clock {
     /// In microseconds.
     now: AtomicU64,
+    /// Unix time when `now` was 0, in microseconds.
+    wall: AtomicU64,
     /// Counts loads that were told.
     loads: AtomicU64,
     /// When packets were last decayed.
@@ -148,6 +150,15 @@ impl Lives {
 
     pub(crate) fn set_now(&self, now: Instant) {
         self.clock.now.fetch_max(now.micros(), Relaxed);
+    }
+
+    /// Unix time by it, as last told.
+    pub(crate) fn wall(&self) -> WallClock {
+        WallClock::from_micros(self.clock.wall.load(Relaxed))
+    }
+
+    pub(crate) fn set_wall(&self, wall: WallClock) {
+        self.clock.wall.store(wall.micros(), Relaxed);
     }
 
     /// Takes a load as told now.

@@ -9,6 +9,7 @@ mod icmp;
 mod packets;
 mod properties;
 mod rules;
+mod tokens;
 mod traffic;
 
 use std::fmt::Write as _;

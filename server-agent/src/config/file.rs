@@ -1,16 +1,16 @@
 //! The file as written, and its check.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::Deserialize;
 use shunt_host::control::ControlSettings;
-use shunt_host::{ConfigError, HostSettings, Role, Source};
-use shunt_stack::redirect::{ServerConfig, Silence};
+use shunt_host::{ConfigError, HostSettings, Role, Source, TokenSettings};
+use shunt_stack::redirect::{Prefix, Require, ServerConfig, Silence, TokenKeys, TokenPolicy};
 use toml::Spanned;
 
-use super::{Config, DivertMode, Service};
+use super::{Config, DivertMode, Service, shared};
 
 const MAX_ADDRESSES: usize = 256;
 const MAX_SERVICES: usize = 1024;
@@ -27,6 +27,8 @@ struct File {
     _role: Role,
     interface: Spanned<String>,
     addresses: Spanned<Vec<Spanned<IpAddr>>>,
+    /// What clients know the addresses as, where that is something else: for tokens.
+    vips: Option<Spanned<Vec<IpAddr>>>,
     #[serde(default)]
     divert: DivertMode,
     #[serde(default = "yes")]
@@ -37,6 +39,8 @@ struct File {
     limits: Limits,
     #[serde(default)]
     timers: Timers,
+    #[serde(default)]
+    token: TokenSettings<Require>,
     #[serde(default)]
     control: ControlSettings,
     #[serde(default)]
@@ -68,6 +72,8 @@ struct ServiceTable {
     name: Spanned<String>,
     redirect_port: Spanned<u16>,
     service_port: Spanned<u16>,
+    /// Instead of the file's.
+    vips: Option<Spanned<Vec<IpAddr>>>,
 }
 
 /// Bounds. Left out, they are those of [`ServerConfig::default`].
@@ -131,25 +137,46 @@ impl File {
                 Silence::ResetAfter(Duration::from_secs(seconds))
             }
         };
+        let addresses = addresses(source, &self.addresses)?;
+        let services = services(source, &self.service)?;
+        let mut shared = BTreeMap::new();
+        for (table, service) in self.service.iter().zip(&services) {
+            let vips = table.vips.as_ref().or(self.vips.as_ref());
+            shared::resolve(source, vips, &addresses, service.service_port, &mut shared)?;
+        }
         Ok(Config {
             moves: usize::try_from(moves).unwrap_or(usize::MAX),
             move_timeout: Duration::from_secs(move_timeout),
             move_silence,
             interface: interface(source, &self.interface)?,
-            addresses: addresses(source, &self.addresses)?,
-            services: services(source, &self.service)?,
+            addresses,
+            services,
             divert: self.divert,
             notrack: self.notrack,
             half_open_limit: usize::try_from(half_open).unwrap_or(usize::MAX),
             half_open_lifetime: Duration::from_secs(lifetime),
             max_hops: hops as u8,
             listener_interval: Duration::from_secs(listeners),
+            tokens: tokens(source, &self.token)?,
+            shared,
             control: self.control.resolve(Role::Server, source)?,
             status: status(source, self.status.listen.as_ref())?,
             host: self.host.resolve(Role::Server, source)?,
             path: source.path.clone(),
         })
     }
+}
+
+fn tokens(source: &Source, written: &TokenSettings<Require>) -> Result<TokenPolicy, ConfigError> {
+    let parse = |text: &str| TokenKeys::parse(text).map_err(|error| (error.line, error.problem));
+    let options = written.resolve(source, parse)?;
+    let prefix = |prefix: &shunt_host::Prefix| Prefix { address: prefix.address(), length: prefix.len() };
+    Ok(TokenPolicy {
+        keys: options.keys,
+        require: options.require,
+        under_load: options.under_load,
+        trusted: options.trusted.iter().map(prefix).collect(),
+    })
 }
 
 fn status(source: &Source, written: Option<&Spanned<SocketAddr>>) -> Result<Option<SocketAddr>, ConfigError> {

@@ -106,6 +106,43 @@ fn mistakes_are_refused_with_their_line() {
 }
 
 #[test]
+fn vips_are_what_clients_know_addresses_as() {
+    let behind = GOOD.replace(
+        "addresses = [\"203.0.113.10\", \"2001:db8::10\"]",
+        "addresses = [\"10.0.0.11\", \"fd00::11\"]\nvips = [\"203.0.113.10\", \"2001:db8::10\"]",
+    );
+    let shared = config(&behind).unwrap().shared;
+    let vip = |socket: &str| shared.get(&socket.parse().unwrap()).map(ToString::to_string);
+    assert_eq!(vip("10.0.0.11:41001").as_deref(), Some("203.0.113.10"));
+    assert_eq!(vip("[fd00::11]:41002").as_deref(), Some("2001:db8::10"));
+    // A service may be another VIP's.
+    let own = behind.replace("service_port = 41002", "service_port = 41002\nvips = [\"203.0.113.11\"]");
+    let shared = config(&own).unwrap().shared;
+    assert_eq!(shared.get(&"10.0.0.11:41002".parse().unwrap()), Some(&"203.0.113.11".parse().unwrap()));
+    assert_eq!(shared.get(&"[fd00::11]:41002".parse().unwrap()), None);
+    // An address that is a VIP stands for itself.
+    assert!(config(GOOD).unwrap().shared.is_empty());
+    let itself =
+        GOOD.replace("[[service]]\nname = \"web\"", "vips = [\"203.0.113.10\"]\n[[service]]\nname = \"web\"");
+    assert!(config(&itself).unwrap().shared.is_empty());
+    let error = config(&behind.replace("vips = [", "vips = [\"203.0.113.11\", ")).unwrap_err();
+    assert_eq!(error.line(), Some(4), "{error}");
+    assert!(error.message().contains("not clear"), "{error}");
+}
+
+#[test]
+fn tokens_are_made_and_demanded_as_the_file_says() {
+    use shunt_stack::redirect::Require;
+    let error = config(&format!("{GOOD}[token]\nrequire = \"always\"\n")).unwrap_err();
+    assert!(error.message().contains("keys"), "{error}");
+    assert_eq!(error.line(), Some(15));
+    let tokens = config(GOOD).unwrap().tokens;
+    assert_eq!((tokens.keys, tokens.require), (None, Require::Never));
+    let trusting = config(&format!("{GOOD}[token]\ntrusted = [\"10.0.0.1\"]\n")).unwrap().tokens;
+    assert!(trusting.trusts("10.0.0.1".parse().unwrap()) && !trusting.trusts("10.0.0.2".parse().unwrap()));
+}
+
+#[test]
 fn a_reload_may_change_services_but_not_the_device() {
     let old = config(GOOD).unwrap();
     let with = |from: &str, to: &str| config(&GOOD.replace(from, to)).unwrap();

@@ -3,6 +3,7 @@
 
 mod network;
 mod raw;
+mod tokens;
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use shunt_lab::{Child, Host, Lab, LinkOptions, Via};
 use shunt_server_agent::{AgentStats, Config, RunOptions, run};
+use shunt_stack::redirect::ServerCounters;
 use tokio::sync::{oneshot, watch};
 
 use crate::raw::{PATIENCE, Wire};
@@ -167,6 +168,12 @@ impl Agent {
         // It says so every second.
         std::thread::sleep(Duration::from_millis(1200));
         self.stats.borrow().packets
+    }
+
+    /// What the machine has counted; waits until it has said so.
+    pub(crate) fn counters(&self) -> ServerCounters {
+        std::thread::sleep(Duration::from_millis(1200));
+        self.stats.borrow().server
     }
 }
 

@@ -150,6 +150,11 @@ impl<'a> Connection<'a> {
         y
     }
 
+    /// The ACK that ends the handshake.
+    pub(crate) fn establish(&mut self) {
+        self.send(TcpFlags(0), &[], None);
+    }
+
     /// Two round trips: SYN to X, SYN to Y.
     pub(crate) fn reconnect(&mut self) {
         let x = self.server.port();

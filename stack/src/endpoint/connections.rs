@@ -20,7 +20,7 @@ use super::options::{ClientOptions, EndpointCounters, ServerOptions};
 use super::phy::Pool;
 use super::ports::Ports;
 use crate::redirect::{Action, Client, PathId, Server, ServicePorts, Towards};
-use crate::time::Instant;
+use crate::time::{Instant, WallClock};
 use crate::wire::{Offload, Packet};
 
 /// Packets that wait to be sent; connections write no further ones while there are so many.
@@ -463,6 +463,13 @@ impl Connections {
             for key in self.ended.drain(..) {
                 ports.release(key.local, key.peer.ip());
             }
+        }
+    }
+
+    /// Tells the machine Unix time.
+    pub(super) fn set_clock(&mut self, clock: WallClock) {
+        if let Machine::Server(server) = &mut self.machine {
+            server.set_clock(clock);
         }
     }
 

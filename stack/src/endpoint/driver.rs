@@ -85,6 +85,7 @@ async fn drive<D: Device>(device: &D, shared: &Shared) -> io::Result<()> {
 fn collect(shared: &Shared, packets: &mut Vec<Packet>) -> (Option<tokio::time::Instant>, bool) {
     let now = shared.now();
     let mut state = shared.lock();
+    state.connections.set_clock(shared.wall());
     if state.closing >= Closing::Settled {
         for socket in state.accepts.keys().copied().collect::<Vec<_>>() {
             state.connections.stop_listening(now, socket);

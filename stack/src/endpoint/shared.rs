@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::connections::Connections;
 use crate::device::Clock;
-use crate::time::Instant;
+use crate::time::{Instant, WallClock};
 
 /// How an endpoint is to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,6 +73,11 @@ impl Shared {
 
     pub(super) fn now(&self) -> Instant {
         self.clock.now()
+    }
+
+    /// Unix time.
+    pub(super) fn wall(&self) -> WallClock {
+        self.clock.wall()
     }
 
     /// The clock's reading of a deadline.

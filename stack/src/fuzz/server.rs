@@ -1,12 +1,14 @@
 //! Target `server`: [`Server`] between a network and a TCP that send anything at any time.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::draw::{CLIENT_PORTS, Draw, Ends, MAX_STEPS, PORTS, vip};
 use super::invariants::{Snapshot, parses, same, well_made};
 use crate::redirect::{
-    Action, ConnectionNumbers, Server, ServerConfig, ServerCounters, ServicePorts, Towards,
+    Action, ConnectionNumbers, Require, Server, ServerConfig, ServerCounters, ServicePorts, TokenKeys,
+    TokenPolicy, Towards,
 };
 use crate::time::Instant;
 use crate::wire::{DEFAULT_EXID, Packet, SeqNumber};
@@ -81,6 +83,13 @@ const NUMBERS: ConnectionNumbers = ConnectionNumbers {
 /// The most packets that a step may make the machine send: of timers of all connections that there can be.
 const MAX_BURST: usize = 4096;
 
+/// No tokens; made only; demanded under load; always.
+fn tokens(choice: u8) -> TokenPolicy {
+    let keys = TokenKeys::parse("0 000102030405060708090a0b0c0d0e0f").ok().map(Arc::new);
+    let require = [Require::Never, Require::Never, Require::UnderLoad, Require::Always][usize::from(choice)];
+    TokenPolicy { keys: keys.filter(|_| choice > 0), require, under_load: 2, trusted: Vec::new() }
+}
+
 impl World {
     fn new(draw: &mut Draw<'_>) -> World {
         let [first, second] = [draw.byte(), draw.byte()];
@@ -92,6 +101,7 @@ impl World {
             half_open_limit,
             mtu,
             replies_per_second: u32::from(first >> 3),
+            tokens: tokens(second >> 3 & 3),
             ..Default::default()
         };
         let now = Instant::from_millis(1000);
@@ -179,7 +189,14 @@ impl World {
         let knowing = self.knowing;
         let numbers =
             |_: SocketAddr, peer: SocketAddr| (knowing && peer.port() != CLIENT_PORTS[3]).then_some(NUMBERS);
+        let refused = self.refused();
         let action = self.server.handle_remote_knowing(self.now, &mut packet, &numbers);
+        if self.refused() > refused {
+            let before = snapshot.before();
+            assert!(before.tcp().is_some_and(|tcp| tcp.is_syn()), "{before:?} needs no token");
+            assert_eq!((action, &packet), (Action::Drop, before));
+            return;
+        }
         self.moving |= self.server.counters().rebinds > 0;
         self.handled(&snapshot, &packet);
         if action == Action::Drop {
@@ -191,8 +208,19 @@ impl World {
             // S2: from the SYN alone, so the same again.
             let mut again = before.clone();
             let _ = self.server.handle_remote(self.now, &mut again);
-            assert_eq!(self.answer().as_ref(), Some(&first));
+            // Another SYN may be one too many, though.
+            let loaded = self.refused() > refused;
+            assert_eq!(self.answer(), Some(first).filter(|_| !loaded));
         }
+    }
+
+    /// SYNs dropped for want of a good token.
+    fn refused(&self) -> u64 {
+        let counters = self.server.counters();
+        counters.tokens_missing
+            + counters.tokens_unknown_key
+            + counters.tokens_expired
+            + counters.tokens_mismatch
     }
 
     fn local(&mut self, mut packet: Packet) {

@@ -31,6 +31,11 @@ impl Announcement {
         Announcement { option, known, row: 0, next: now }
     }
 
+    /// Says this token from now on (§10).
+    pub(crate) fn set_token(&mut self, token: Option<[u8; 8]>) {
+        self.option.token = token;
+    }
+
     /// SND.NXT and RCV.NXT of the local TCP.
     pub(crate) fn stands(&self) -> Option<(SeqNumber, SeqNumber)> {
         self.known.map(|known| (known.snd_nxt, known.rcv_nxt))
@@ -62,7 +67,8 @@ impl Announcement {
         }
         // A second copy would make the receiver ignore both (W1).
         let fits = tcp.redirect(exid) == Ok(None);
-        let said = fits && packet.insert_redirect_fitting(exid, &self.option, false, mtu).is_ok();
+        // The whole of it, token included, or it waits for a segment with more room.
+        let said = fits && packet.insert_redirect(exid, &self.option, mtu).is_ok();
         if said && !duplicate {
             self.next = now + REPEAT;
         }
@@ -90,7 +96,7 @@ impl Announcement {
         }
         self.count(now);
         let mut packet = self.known?.duplicate_ack(source, destination);
-        packet.insert_redirect_fitting(exid, &self.option, false, mtu).is_ok().then_some(packet)
+        packet.insert_redirect_fitting(exid, &self.option, true, mtu).is_ok().then_some(packet)
     }
 
     /// Has it said again at once: the peer has asked.

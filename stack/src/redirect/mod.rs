@@ -6,6 +6,7 @@
 
 mod announce;
 mod client;
+mod guard;
 mod numbers;
 pub(crate) mod reply;
 mod server;
@@ -15,6 +16,7 @@ pub use client::{
     Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, OnRedirect, PathId,
     PathState, PlainReason, Prefix, RebindError, VipConfig,
 };
+pub use guard::{CALM, Gauge, Require, TokenPolicy, TokenRefusal};
 pub(crate) use numbers::window_scale;
 pub use numbers::{ConnectionNumbers, NumbersOf, Timestamps};
 pub use reply::{Limiter, can_answer};

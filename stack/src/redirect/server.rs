@@ -18,9 +18,12 @@ mod rebind;
 mod redirection;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod token_tests;
+mod tokens;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 pub use config::{
@@ -28,10 +31,11 @@ pub use config::{
     Silence,
 };
 
+use super::guard::{Gauge, TokenPolicy};
 use super::numbers::{NumbersOf, unknown};
 use super::reply::{self, Limiter};
 use super::{Action, Towards, Transmit};
-use crate::time::Instant;
+use crate::time::{Instant, WallClock};
 use crate::wire::{Packet, Protocol, RedirectOption, Segment, SeqNumber, TcpFlags, observed_digest};
 pub use answer::{Answerer, can_redirect};
 use half_open::{HalfOpen, HalfOpenTable, Key};
@@ -79,6 +83,10 @@ pub struct Server {
     deadlines: HashMap<Key, Instant>,
     challenges: Limiter,
     resets: Limiter,
+    tokens: TokenPolicy,
+    shared: BTreeMap<SocketAddr, IpAddr>,
+    clock: WallClock,
+    gauge: Gauge,
     transmits: VecDeque<Transmit>,
     events: VecDeque<ServerEvent>,
     counters: ServerCounters,
@@ -107,6 +115,10 @@ impl Server {
             deadlines: HashMap::new(),
             challenges: Limiter::new(config.replies_per_second),
             resets: Limiter::new(config.replies_per_second),
+            tokens: config.tokens,
+            shared: config.shared,
+            clock: config.clock,
+            gauge: Gauge::default(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
             counters: ServerCounters::default(),
@@ -166,7 +178,7 @@ impl Server {
         numbers: NumbersOf<'_>,
     ) -> Action {
         if packet.fragment().is_some() {
-            return self.pass();
+            return self.on_fragment(now, packet);
         }
         match packet.tcp() {
             Some(tcp) if tcp.is_syn() => {
@@ -220,13 +232,11 @@ impl Server {
         if packet.offload().gso.is_some() {
             return self.pass();
         }
-        if !matches!(self.ports.get(&key.service), Some(Port::Service(_))) {
-            return self.pass();
-        }
+        let Some(Port::Service(service)) = self.ports.get(&key.service).copied() else { return self.pass() };
         // A SYN-ACK to another SYN than the latest is no answer to that one: the client would refuse it anyway.
         let acknowledged = tcp.ack();
         match self.half_open.get(now, key).filter(|half_open| acknowledged == half_open.isn + 1) {
-            Some(half_open) => self.mark_syn_ack(packet, key, half_open),
+            Some(half_open) => self.mark_syn_ack(now, packet, &service, key.client, half_open),
             None => self.counters.syn_acks_unknown += 1,
         }
         Action::Pass
@@ -322,8 +332,13 @@ impl Server {
         let Some(syn) = Syn::read(packet) else { return self.pass() };
         let option = packet.tcp().map_or(Ok(None), |tcp| tcp.redirect(self.exid));
         self.counters.bad_options += u64::from(option.is_err());
-        let option = option.ok().flatten().filter(|option| option.redirect);
-        let Some(option) = option else {
+        let option = option.ok().flatten();
+        if let Port::Service(service) = port
+            && self.refuses(now, syn.client.ip(), &service, option.and_then(|option| option.token))
+        {
+            return Action::Drop;
+        }
+        let Some(option) = option.filter(|option| option.redirect) else {
             self.counters.plain_syns += 1;
             // Its SYN-ACK must not get what an earlier SYN of the same client asked for (S1).
             self.half_open.remove(Key { client: syn.client, service: syn.asked });
@@ -333,8 +348,9 @@ impl Server {
             self.counters.unfit_syns += 1;
             return Action::Pass;
         }
+        let (Port::Redirect(of) | Port::Service(of)) = port;
         if let Some(&port) = self.elsewhere.get(&syn.asked).filter(|_| option.hops < self.max_hops) {
-            return self.answer(now, packet, &syn, option.hops, port, false);
+            return self.answer(now, packet, &syn, option.hops, Target { of, port, own: false });
         }
         match port {
             Port::Service(service) => self.on_syn_to_service(now, packet, &syn, &option, service),
@@ -382,7 +398,8 @@ impl Server {
             return self.decline(syn, reason);
         }
         if option.confirm {
-            return self.answer(now, packet, syn, option.hops, service.service_port, true);
+            let target = Target { of: service, port: service.service_port, own: true };
+            return self.answer(now, packet, syn, option.hops, target);
         }
         // After a SYN to Y SYN-ACKs come from Y only (S3): a late copy of the SYN to X changes nothing.
         let key = Key { client: syn.client, service: service.service_socket() };
@@ -423,15 +440,17 @@ impl Server {
     }
 
     /// Answers from the SYN alone (`S2`); O only for a port of our own (`S1`).
-    fn answer(&mut self, now: Instant, packet: &Packet, syn: &Syn, hops: u8, port: u16, own: bool) -> Action {
+    fn answer(&mut self, now: Instant, packet: &Packet, syn: &Syn, hops: u8, target: Target) -> Action {
+        let Target { of, port, own } = target;
         let option = RedirectOption {
             confirm: true,
             port: Some(port),
             hops,
             observed: own.then(|| observed_digest(syn.client)),
+            token: self.token(now, syn.client.ip(), &of, port),
             ..RedirectOption::default()
         };
-        match self.answerer.answer(now, packet, &option) {
+        match self.answerer.answer(now, packet, &option, self.tokens.may_demand()) {
             Some(answer) => {
                 let counter =
                     if own { &mut self.counters.answered } else { &mut self.counters.answered_elsewhere };
@@ -445,17 +464,27 @@ impl Server {
     }
 
     /// The SYN-ACK from Y to a SYN with R (`S1`, `S3`).
-    fn mark_syn_ack(&mut self, packet: &mut Packet, key: Key, half_open: HalfOpen) {
+    fn mark_syn_ack(
+        &mut self,
+        now: Instant,
+        packet: &mut Packet,
+        service: &ServicePorts,
+        client: SocketAddr,
+        half_open: HalfOpen,
+    ) {
+        let key = Key { client, service: service.service_socket() };
         let moved = half_open.asked != key.service.port();
         let option = RedirectOption {
             confirm: true,
             port: moved.then_some(key.service.port()),
             hops: half_open.hops,
             observed: moved.then(|| observed_digest(key.client)),
+            // For a probe or a reconnect: the half-open connection itself needs none.
+            token: if moved { self.token(now, client.ip(), service, service.service_port) } else { None },
             ..RedirectOption::default()
         };
         let asked = SocketAddr::new(key.service.ip(), half_open.asked);
-        let fitted = packet.insert_redirect_fitting(self.exid, &option, false, self.mtu);
+        let fitted = packet.insert_redirect_fitting(self.exid, &option, self.tokens.may_demand(), self.mtu);
         packet.set_source_port(half_open.asked);
         match (fitted, moved) {
             (Ok(()), true) => {
@@ -520,6 +549,17 @@ impl Server {
             self.counters.overflowed += 1;
         }
     }
+}
+
+/// Where a client is sent (`S2`).
+#[derive(Debug, Clone, Copy)]
+struct Target {
+    /// The service that it asked for.
+    of: ServicePorts,
+    /// The service port, ours or another server's.
+    port: u16,
+    /// Whether it is ours.
+    own: bool,
 }
 
 /// What every decision about a SYN needs.

@@ -105,6 +105,11 @@ impl TokenKeys {
         Ok(TokenKeys { current, keys })
     }
 
+    /// The number of the key that a token says it was made under.
+    pub fn number(token: [u8; 8]) -> u8 {
+        token[0] >> KEY_SHIFT
+    }
+
     /// A token made now; `seconds` is Unix time.
     pub fn make(&self, seconds: u64, purpose: &Purpose) -> [u8; 8] {
         let slot = seconds / SLOT_SECONDS;
@@ -120,7 +125,7 @@ impl TokenKeys {
     /// Why not.
     pub fn check(&self, seconds: u64, purpose: &Purpose, token: [u8; 8]) -> Result<(), TokenError> {
         let head = token[0];
-        let number = head >> KEY_SHIFT;
+        let number = TokenKeys::number(token);
         let key = self.keys.get(&number).ok_or(TokenError::UnknownKey(number))?;
         let now = seconds / SLOT_SECONDS;
         let slot = [now.checked_sub(1), Some(now), now.checked_add(1)]

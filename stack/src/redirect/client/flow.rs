@@ -48,6 +48,8 @@ pub(super) struct Coming {
     pub(super) from: u16,
     /// The port that the program asked for when the stream began.
     pub(super) origin: u16,
+    /// The token that the old server gave for where it goes (§10).
+    pub(super) token: Option<[u8; 8]>,
 }
 
 /// A confirmed connection beyond its handshake.
@@ -59,6 +61,8 @@ pub(super) struct Live {
     pub(super) origin: u16,
     /// A redirect that the driver was told of: it is obeyed once (§4).
     pub(super) asked: Option<SocketAddr>,
+    /// The token given with it (§10).
+    pub(super) token: Option<[u8; 8]>,
     /// That move has failed: another target may be asked for.
     pub(super) failed: bool,
     /// FIN and RST carry C P=Z.
@@ -115,6 +119,8 @@ pub(super) struct Attempt {
     pub(super) moved_from: Option<u16>,
     /// The port that the program asked for when the stream began.
     pub(super) origin: u16,
+    /// The token given for the port that SYNs go to now; none is ever made up (§10).
+    pub(super) token: Option<[u8; 8]>,
     pub(super) phase: Phase,
 }
 
@@ -137,6 +143,7 @@ impl Attempt {
             path,
             moved_from: None,
             origin,
+            token: None,
             phase: Phase::Asking,
         })
     }

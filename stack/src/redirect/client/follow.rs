@@ -16,6 +16,7 @@ impl Live {
             track,
             origin,
             asked: None,
+            token: None,
             failed: false,
             close: None,
             own_ports: Vec::new(),
@@ -95,9 +96,11 @@ impl Client {
         let option = if marked { self.option(&tcp) } else { None };
         match option {
             // R with C is an echo of our own (§2); a handover says so, too.
-            Some(RedirectOption { redirect: true, confirm: false, port: Some(port), address, .. }) => {
+            Some(RedirectOption {
+                redirect: true, confirm: false, port: Some(port), address, token, ..
+            }) => {
                 let address = address.unwrap_or(key.vip.ip());
-                self.on_move_asked(key, packet, SocketAddr::new(address, port), numbers);
+                self.on_move_asked(key, packet, SocketAddr::new(address, port), token, numbers);
             }
             Some(RedirectOption { redirect: false, confirm: true, port: Some(port), .. }) => {
                 self.on_rebind_confirmed(key, packet, port, numbers);
@@ -112,7 +115,14 @@ impl Client {
     }
 
     /// `M3`, `M5`: R P=Z on a segment from Y.
-    fn on_move_asked(&mut self, key: FlowKey, packet: &Packet, to: SocketAddr, numbers: NumbersOf<'_>) {
+    fn on_move_asked(
+        &mut self,
+        key: FlowKey,
+        packet: &Packet,
+        to: SocketAddr,
+        token: Option<[u8; 8]>,
+        numbers: NumbersOf<'_>,
+    ) {
         let on_redirect = self.on_redirect(key.vip);
         let accepted = self.may_move(key, to);
         let Some(flow) = self.flows.get_mut(&key) else { return };
@@ -131,7 +141,7 @@ impl Client {
             self.counters.moves_refused += 1;
             return;
         }
-        (live.asked, live.failed) = (Some(to), false);
+        (live.asked, live.token, live.failed) = (Some(to), token, false);
         self.counters.moves_asked += 1;
         let FlowKey { local, vip } = key;
         self.event(match on_redirect {
@@ -168,7 +178,8 @@ impl Client {
             return false;
         }
         let origin = flow.live.as_ref().map_or(vip.port(), |live| live.origin);
-        self.moves.insert(next, Coming { from: flow.present_port(), origin });
+        let token = flow.live.as_ref().and_then(|live| live.token);
+        self.moves.insert(next, Coming { from: flow.present_port(), origin, token });
         true
     }
 

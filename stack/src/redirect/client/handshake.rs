@@ -19,8 +19,8 @@ const SAME_SERVER_WINDOW: Duration = Duration::from_millis(900);
 
 /// What a SYN-ACK from X or Y asks for.
 enum Answer {
-    /// Go on at this port; the digest of our address as the server saw it.
-    Redirect { port: u16, observed: Option<u16> },
+    /// Go on at this port; the digest of our address as the server saw it, and the token for the port.
+    Redirect { port: u16, observed: Option<u16>, token: Option<[u8; 8]> },
     /// Stay on the port asked.
     Stay,
     /// No redirection.
@@ -91,7 +91,7 @@ impl Client {
         };
         packet.blank_fast_open();
         let syn = packet.clone();
-        if !self.mark_syn(packet, handover, None) {
+        if !self.mark_syn(packet, handover, None, None) {
             self.counters.ineligible += 1;
             return Action::Pass;
         }
@@ -111,13 +111,14 @@ impl Client {
         let room = self.flows.len() < self.config.max_flows;
         let fit = room
             && syn.tcp().is_some_and(|tcp| eligible(&tcp))
-            && self.mark_syn(packet, false, Some(coming.from));
+            && self.mark_syn(packet, false, Some(coming.from), coming.token);
         let (true, Some(mut attempt)) = (fit, Attempt::new(now, syn, path)) else {
             let iss = packet.tcp().map(|tcp| tcp.seq()).unwrap_or_default();
             return self.refuse_move(&key, iss);
         };
         attempt.moved_from = Some(coming.from);
         attempt.origin = coming.origin;
+        attempt.token = coming.token;
         attempt.visited.push(coming.from);
         self.counters.moves_opened += 1;
         self.flows.insert(key, Flow::new(key, State::Attempt(Box::new(attempt))));
@@ -134,15 +135,26 @@ impl Client {
     }
 
     /// The opening SYN's option: R to hand over, R C to reconnect, R C P=Y to move. False if it does not fit.
-    fn mark_syn(&mut self, packet: &mut Packet, handover: bool, moved_from: Option<u16>) -> bool {
-        let option =
-            RedirectOption { redirect: true, confirm: !handover, port: moved_from, ..Default::default() };
-        let fits = packet.insert_redirect(self.config.exid, &option, self.config.mtu).is_ok();
+    fn mark_syn(
+        &mut self,
+        packet: &mut Packet,
+        handover: bool,
+        moved_from: Option<u16>,
+        token: Option<[u8; 8]>,
+    ) -> bool {
+        let option = RedirectOption {
+            redirect: true,
+            confirm: !handover,
+            port: moved_from,
+            token,
+            ..Default::default()
+        };
+        let fits = packet.insert_redirect_fitting(self.config.exid, &option, true, self.config.mtu).is_ok();
         self.counters.asked += u64::from(fits);
         fits
     }
 
-    /// The latest SYN as it goes to the service port: R P=X, or R C P=Y where it moves from Y.
+    /// The latest SYN as it goes to the service port: R P=X, or R C P=Y where it moves from Y, with the token given.
     pub(super) fn service_syn(&self, key: &FlowKey, attempt: &Attempt, port: u16) -> Packet {
         let mut packet = attempt.syn.clone();
         packet.set_destination_port(port);
@@ -151,10 +163,11 @@ impl Client {
             confirm: attempt.moved_from.is_some(),
             port: Some(attempt.moved_from.unwrap_or(key.vip.port())),
             hops: attempt.hops(),
+            token: attempt.token,
             ..Default::default()
         };
-        // The same SYN had room for an option of this size on its way to X.
-        let _ = packet.insert_redirect(self.config.exid, &option, self.config.mtu);
+        // The same SYN had room for the option without a token on its way to X.
+        let _ = packet.insert_redirect_fitting(self.config.exid, &option, true, self.config.mtu);
         packet
     }
 
@@ -184,7 +197,7 @@ impl Client {
                 let moved_from = attempt.moved_from;
                 // C6: the first repeat keeps R, the second goes without; a move keeps it.
                 let asks = moved_from.is_some() || attempt.repeats <= 1;
-                if !asks || !fit || !self.mark_syn(packet, attempt.handover, moved_from) {
+                if !asks || !fit || !self.mark_syn(packet, attempt.handover, moved_from, attempt.token) {
                     if moved_from.is_some() {
                         // What cannot carry the option does not go at all.
                         flow.state = State::Attempt(attempt);
@@ -287,7 +300,7 @@ impl Client {
             && !self.services.contains_key(&(key.local, service))
             && !self.flows.contains_key(&FlowKey { local: key.local, vip: service });
         if obeyed {
-            Answer::Redirect { port, observed: option.observed }
+            Answer::Redirect { port, observed: option.observed, token: option.token }
         } else {
             Answer::Plain(PlainReason::Refused)
         }
@@ -298,7 +311,7 @@ impl Client {
         &mut self,
         now: Instant,
         flow: &mut Flow,
-        attempt: Box<Attempt>,
+        mut attempt: Box<Attempt>,
         packet: &mut Packet,
     ) -> Action {
         let Some(tcp) = packet.tcp() else { return Action::Pass };
@@ -313,7 +326,8 @@ impl Client {
                 self.event(ClientEvent::Confirmed { local: flow.key.local, vip: flow.key.vip });
                 Action::Pass
             }
-            Answer::Redirect { port, observed } => {
+            Answer::Redirect { port, observed, token } => {
+                attempt.token = token;
                 self.paths.on_confirmed(attempt.path);
                 let direct = observed.map(|digest| digest == observed_digest(flow.key.local));
                 let safe = attempt.forced || direct == Some(true);
@@ -504,7 +518,7 @@ impl Client {
         &mut self,
         now: Instant,
         flow: &mut Flow,
-        attempt: Box<Attempt>,
+        mut attempt: Box<Attempt>,
         packet: &mut Packet,
         port: u16,
         direct: Option<bool>,
@@ -521,7 +535,8 @@ impl Client {
                 self.redirected(flow, port, irs, false);
                 Action::Pass
             }
-            Answer::Redirect { port: next, .. } => {
+            Answer::Redirect { port: next, token, .. } => {
+                attempt.token = token;
                 self.reset(Towards::Network, &flow.key, port, ack);
                 self.reconnect(now, flow, attempt, next, direct);
                 Action::Drop

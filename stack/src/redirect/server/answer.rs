@@ -29,8 +29,15 @@ impl Answerer {
         Answerer { exid, key, mtu }
     }
 
-    /// The SYN-ACK to `syn`, from the port asked, carrying `option`; `None` if `syn` is not TCP or without room (`W2`).
-    pub fn answer(&self, now: Instant, syn: &Packet, option: &RedirectOption) -> Option<Packet> {
+    /// The SYN-ACK to `syn`, from the port asked, carrying `option`; `None` if `syn` is not TCP or without room (`W2`):
+    /// its token is the last to go where `token_required`, else the first.
+    pub fn answer(
+        &self,
+        now: Instant,
+        syn: &Packet,
+        option: &RedirectOption,
+        token_required: bool,
+    ) -> Option<Packet> {
         let tcp = syn.tcp()?;
         let client = SocketAddr::new(syn.source(), tcp.source_port());
         let asked = SocketAddr::new(syn.destination(), tcp.destination_port());
@@ -47,7 +54,7 @@ impl Answerer {
             payload: &[],
         }
         .emit();
-        answer.insert_redirect_fitting(self.exid, option, false, self.mtu).ok()?;
+        answer.insert_redirect_fitting(self.exid, option, token_required, self.mtu).ok()?;
         Some(answer)
     }
 

@@ -1,10 +1,13 @@
 //! What the server's machine is told, what it counts and what it reports.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::redirect::guard::TokenPolicy;
+use crate::time::WallClock;
 use crate::wire::DEFAULT_EXID;
 
 /// One redirect port and the service port of ours that it stands for (PROTOCOL.md §1).
@@ -58,6 +61,13 @@ pub struct ServerConfig {
     pub on_silence: Silence,
     /// Connections that may be redirected, and client ports that may have changed (§5), at a time, each.
     pub redirect_limit: usize,
+    /// Tokens: made where there are keys, demanded as it says (§10).
+    pub tokens: TokenPolicy,
+    /// The VIP of each service socket (`address:Y`) whose address is not the one that clients know; tokens are bound to
+    /// what clients know.
+    pub shared: BTreeMap<SocketAddr, IpAddr>,
+    /// The time that tokens go by; see [`Server::set_clock`](super::Server::set_clock).
+    pub clock: WallClock,
 }
 
 /// What becomes of a connection whose client was asked to move and never closes (O8).
@@ -119,6 +129,9 @@ impl Default for ServerConfig {
             redirect_timeout: Duration::from_secs(30),
             on_silence: Silence::GiveUp,
             redirect_limit: 65_536,
+            tokens: TokenPolicy::default(),
+            shared: BTreeMap::new(),
+            clock: WallClock::default(),
         }
     }
 }
@@ -165,6 +178,14 @@ pub struct ServerCounters {
     pub resets: u64,
     /// Challenge ACKs and RSTs not made because of their rate.
     pub replies_limited: u64,
+    /// SYNs to service ports dropped because a token was demanded and they had none (§10).
+    pub tokens_missing: u64,
+    /// The same, with a token under a key that is not known.
+    pub tokens_unknown_key: u64,
+    /// The same, with one that is too old or of the future.
+    pub tokens_expired: u64,
+    /// The same, with one for something else, or a forged one.
+    pub tokens_mismatch: u64,
     /// Everything else: passed unchanged.
     pub passed: u64,
     /// Packets and events given up because the driver did not take them.
@@ -238,6 +259,11 @@ pub enum ServerEvent {
         service: SocketAddr,
         /// Its port on the wire.
         port: u16,
+    },
+    /// Tokens are demanded from now on because of load, or no longer (§10).
+    Load {
+        /// Which of the two.
+        demanded: bool,
     },
     /// A SYN with R was left to plain TCP.
     Declined {

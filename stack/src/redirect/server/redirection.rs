@@ -8,6 +8,7 @@ use super::half_open::Key;
 use super::{Port, Server, Towards};
 use crate::redirect::announce::Announcement;
 use crate::redirect::numbers::ConnectionNumbers;
+use crate::redirect::token::Purpose;
 use crate::time::Instant;
 use crate::wire::{Packet, RedirectOption, Segment, SeqNumber, TcpFlags};
 
@@ -15,6 +16,8 @@ use crate::wire::{Packet, RedirectOption, Segment, SeqNumber, TcpFlags};
 #[derive(Debug, Clone)]
 pub(super) struct Redirection {
     to: u16,
+    /// What the token that goes with it is for (§10).
+    purpose: Option<Purpose>,
     announcement: Announcement,
     /// When R is said no more.
     give_up: Instant,
@@ -75,6 +78,7 @@ impl Server {
         };
         let redirection = Redirection {
             to: to.port(),
+            purpose: self.purpose_of_move(key, to),
             announcement: Announcement::new(now, option, numbers),
             give_up: now + self.redirect_timeout,
             reset,
@@ -84,6 +88,12 @@ impl Server {
         self.counters.redirects += 1;
         self.schedule(now, key);
         Ok(())
+    }
+
+    /// The token to be said now: said for long, one made at the beginning would expire.
+    fn redirection_token(&self, now: Instant, key: Key) -> Option<[u8; 8]> {
+        let purpose = self.redirections.get(&key)?.purpose?;
+        self.tokens.token(self.clock.seconds(now), &purpose)
     }
 
     /// Stops asking; no event follows. False if the connection was not being redirected.
@@ -143,6 +153,7 @@ impl Server {
     /// A segment of the local TCP on its way to the client.
     pub(super) fn on_redirection_local(&mut self, now: Instant, key: Key, packet: &mut Packet) {
         let (exid, mtu) = (self.exid, self.mtu);
+        let token = self.redirection_token(now, key);
         let Some(redirection) = self.redirections.get_mut(&key) else { return };
         let Some(tcp) = packet.tcp() else { return };
         if tcp.flags().contains(TcpFlags::RST) {
@@ -156,6 +167,7 @@ impl Server {
             self.end_redirection(key, outcome);
             return;
         }
+        redirection.announcement.set_token(token);
         let mut unsaid = packet.clone();
         // Numbers are learnt from all, R is on those before the time-out.
         let target = if now < redirection.give_up { packet } else { &mut unsaid };
@@ -167,7 +179,9 @@ impl Server {
 
     /// A deadline of a redirect.
     pub(super) fn on_redirection_timer(&mut self, now: Instant, key: Key, ends: (SocketAddr, SocketAddr)) {
+        let token = self.redirection_token(now, key);
         let Some(redirection) = self.redirections.get_mut(&key) else { return };
+        redirection.announcement.set_token(token);
         if redirection.reset.is_some_and(|reset| now >= reset) {
             self.reset_redirected(key, ends);
             return;

@@ -4,6 +4,7 @@ mod handover;
 mod handshake;
 mod memory;
 mod moves;
+mod tokens;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
