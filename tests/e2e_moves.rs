@@ -13,6 +13,7 @@ use common::ctl::{Said, ctl};
 use common::service::{self, Service};
 use common::{Family, Net, OTHER, OTHER_SERVICE, Options, VIP4, VIP6};
 use serde_json::json;
+use shunt_lab::Via;
 
 /// How long anything may take that has to happen.
 const PATIENCE: Duration = Duration::from_secs(40);
@@ -27,14 +28,9 @@ fn pattern(length: usize) -> Vec<u8> {
     (0..length as u64).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
 }
 
-/// Two servers, and programs behind a proxy whose streams may be cut at `boundary`.
-fn proxied(boundary: &str) -> (Net, Service) {
-    proxied_with(boundary, "")
-}
-
-/// The same with further keys of the agents' `[timers]`.
-fn proxied_with(boundary: &str, timers: &str) -> (Net, Service) {
-    let mut net = Net::new(Options { servers: 2, start: false, ..Options::default() });
+/// Two servers and the service; `timers` are further keys of the agents.
+fn served(forward: &'static str, timers: &str) -> (Net, Service) {
+    let mut net = Net::new(Options { servers: 2, forward, start: false, ..Options::default() });
     let mut text = net.balancer_config(|_| Some("up"));
     for server in &net.servers {
         let name = format!("name = \"{}\"\n", server.name());
@@ -42,23 +38,38 @@ fn proxied_with(boundary: &str, timers: &str) -> (Net, Service) {
     }
     net.start_balancer_with(&text);
     for number in 1..=2u16 {
-        let address = net.servers[usize::from(number) - 1].addresses()[0].clone();
+        let [v4, v6] = net.servers[usize::from(number) - 1].addresses();
         let extra = format!(
-            "[limits]\nmoves = 5\n[timers]\nmove_s = {}\n{timers}\n[status]\nlisten = \"{address}:9000\"",
+            "[limits]\nmoves = 5\n[timers]\nmove_s = {}\n{timers}\n[status]\nlisten = \"{v4}:9000\"",
             ASKED.as_secs()
         );
+        let mut text = net.agent_config(number, &extra);
+        if forward == "direct" {
+            // Its own addresses serve, too.
+            text = text.replacen("addresses = [", &format!("addresses = [\"{v4}\", \"{v6}\", "), 1);
+        }
         let path = net.file(&format!("agent{number}.toml"));
-        std::fs::write(&path, net.agent_config(number, &extra)).expect("a file can be written");
+        std::fs::write(&path, text).expect("a file can be written");
         let agent = net.daemon(&net.servers[usize::from(number) - 1].host, "server", &path, &[]);
         net.servers[usize::from(number) - 1].agent = Some(agent);
     }
     let service = Service::start(&net, lines);
+    (net, service)
+}
+
+/// Programs connect through a proxy whose streams may be cut at `boundary`; `keys` are further ones of its file.
+fn start_proxy(net: &mut Net, boundary: &str, keys: &str) {
     let config = net.file("client.toml");
     let text = net.client_config("auto").replacen("\n\n", "\nmode = \"proxy\"\n\n", 1);
-    std::fs::write(&config, text).expect("a file can be written");
+    std::fs::write(&config, format!("{text}\n[proxy]\n{keys}\n")).expect("a file can be written");
     let forwards = [format!("127.0.0.1:{OTHER}={VIP4}:{OTHER}"), format!("[::1]:{OTHER}=[{VIP6}]:{OTHER}")];
     let extra = ["--forward", &forwards[0], "--forward", &forwards[1], "--boundary", boundary];
     net.shim = Some(net.daemon(&net.client, "client", &config, &extra));
+}
+
+fn proxied(boundary: &str) -> (Net, Service) {
+    let (mut net, service) = served("network", "");
+    start_proxy(&mut net, boundary, "");
     (net, service)
 }
 
@@ -85,11 +96,15 @@ struct Talk {
 }
 
 impl Talk {
-    /// Call it inside the client's host.
+    /// Through the proxy; call it inside the client's host.
     fn new(family: Family) -> Talk {
         let host = if family == Family::V4 { "127.0.0.1" } else { "::1" };
         let writer = TcpStream::connect((host, OTHER)).expect("the proxy listens");
         service::prepare(&writer).expect("it can be told");
+        Self::over(writer)
+    }
+
+    fn over(writer: TcpStream) -> Talk {
         writer.set_read_timeout(Some(PATIENCE)).expect("it can be told");
         Talk { reader: BufReader::new(writer.try_clone().expect("a handle")), writer, said: 0 }
     }
@@ -117,13 +132,17 @@ impl Talk {
     }
 }
 
-/// `count` connections that server `number` has, of each family; others are closed.
+/// `count` connections through the proxy that server `number` has, of each family; others are closed.
 fn at_server(net: &Net, number: u16, count: usize) -> Vec<Talk> {
+    opened(net, number, count, Talk::new)
+}
+
+fn opened(net: &Net, number: u16, count: usize, new: impl Fn(Family) -> Talk + Sync) -> Vec<Talk> {
     let open = || {
         let mut found = Vec::new();
         for family in Family::BOTH {
             while found.len() < count * (1 + usize::from(family == Family::V6)) {
-                let mut talk = Talk::new(family);
+                let mut talk = new(family);
                 if talk.server() == number {
                     found.push(talk);
                 }
@@ -326,7 +345,8 @@ fn m8_without_a_boundary_connections_stay_and_the_command_says_so() {
 
 #[test]
 fn o8_a_client_that_does_not_follow_is_served_on_or_reset_as_configured() {
-    let (net, _service) = proxied_with("none", &format!("move_reset_s = {}", ASKED.as_secs() + 1));
+    let (mut net, _service) = served("network", &format!("move_reset_s = {}", ASKED.as_secs() + 1));
+    start_proxy(&mut net, "none", "");
     let mut talks = at_server(&net, 1, 1);
     let start = Instant::now();
     let said = move_all(&net, &["--client", "10.1.0.2"]);
@@ -362,6 +382,79 @@ fn a_drained_service_sends_new_clients_elsewhere_and_asks_those_it_has_to_follow
     assert_eq!(shown["services"][2]["drained_to"], OTHER_SERVICE + 2, "{shown}");
     assert_eq!(ctl(&net.servers[0].host, &["enable", "--service", "other"]).code, 0);
     assert!(newcomers(&net).contains(&1), "{}", net.logs());
+}
+
+#[test]
+fn j6_o24_connections_move_to_a_servers_own_address_past_the_balancer() {
+    let (mut net, _service) = served("direct", "");
+    net.middle.route("10.3.0.0/24", Via::gateway("10.2.0.2")).expect("a route");
+    net.middle.route("fd00:3::/64", Via::gateway("fd00:2::2")).expect("a route");
+    start_proxy(&mut net, "line", "accept_prefixes = [\"10.3.0.12\", \"fd00:3::/64\"]");
+    let mut talks = at_server(&net, 1, 2);
+    let ask = |address: &str| {
+        let to = format!("{address}:{}", OTHER_SERVICE + 2);
+        let said = ctl(&net.servers[0].host, &["move", "--service", "other", "--to", &to, "--json"]);
+        (said.code, said.outcome()["done"].clone())
+    };
+    // Not accepted.
+    let (code, done) = ask("10.3.0.99");
+    assert_eq!((code, &done["moved"], &done["timed_out"]), (1, &json!(0), &json!(2)), "{done}");
+    let counters = || ctl(&net.balancer, &["counters", "--json"]).json()["decisions"].clone();
+    let before = counters();
+    assert!(talks.iter_mut().all(|talk| talk.server() == 1));
+    assert_ne!(counters(), before);
+
+    for address in ["10.3.0.12", "[fd00:3::12]"] {
+        let (code, done) = ask(address);
+        assert_eq!((code, &done["moved"]), (0, &json!(2)), "{done}\n{}", net.logs());
+    }
+    assert!(talks.iter_mut().all(|talk| talk.server() == 2));
+    wait_for("the end of the old connections", &net, || count(&net, 1) == 0);
+    let before = counters();
+    for talk in &mut talks {
+        assert!(talk.say(200).iter().all(|server| *server == 2));
+    }
+    assert_eq!(counters(), before, "the balancer sees more of them");
+    let locals: Vec<_> =
+        net.server_sockets().into_iter().map(|(_, socket)| socket.local.ip().to_canonical()).collect();
+    let own = |address: &str| locals.iter().filter(|local| local.to_string() == address).count();
+    assert_eq!((own("10.3.0.12"), own("fd00:3::12")), (2, 2), "{locals:?}");
+}
+
+/// A shim beside the kernel has no byte stream: what it has stays, and what comes later is answered elsewhere.
+#[test]
+fn m5_beside_a_clients_kernel_only_later_connects_go_elsewhere() {
+    let (mut net, _service) = served("network", "");
+    net.start_shim("auto");
+    let direct = |family| Talk::over(service::connect(family).expect("it connects"));
+    let mut talks = opened(&net, 1, 1, direct);
+    let said = thread::scope(|scope| {
+        let to = (OTHER_SERVICE + 2).to_string();
+        let host = &net.servers[0].host;
+        let draining =
+            scope.spawn(move || ctl(host, &["drain", "--service", "other", "--to", &to, "--json"]));
+        while !draining.is_finished() {
+            for talk in &mut talks {
+                assert!(talk.say(7).iter().all(|server| *server == 1));
+            }
+        }
+        draining.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    let done = &said.outcome()["done"];
+    assert_eq!(
+        (said.code, &done["moved"], &done["timed_out"]),
+        (1, &json!(0), &json!(2)),
+        "{said:?}\n{}",
+        net.logs()
+    );
+    for talk in &mut talks {
+        assert_eq!(talk.server(), 1);
+    }
+    let later = || (0..20).map(|n| direct(Family::BOTH[n % 2]).server()).collect();
+    let later: Vec<u16> = net.client.enter(later).expect("the namespace is there");
+    assert!(later.iter().all(|server| *server == 2), "{later:?}");
+    drop(talks);
+    assert_eq!(net.stop_shim_and_count().of("moves_asked"), 2, "each was told once");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use shunt_host::control::ControlOptions;
-use shunt_host::{ConfigError, HostOptions, PortRange, Source};
+use shunt_host::{ConfigError, HostOptions, PortRange, Prefix, Source};
 use shunt_stack::redirect::ClientConfig;
 
 /// How the shim gets at connections.
@@ -134,6 +134,8 @@ pub struct ProxyConfig {
     pub ports: PortRange,
     /// Where streams may be cut.
     pub boundary: Boundary,
+    /// Addresses to which a server may move a stream (PROTOCOL.md §7); none unless configured.
+    pub accept_prefixes: Vec<Prefix>,
     /// Connections at once.
     pub max_connections: usize,
     /// How long a connect may take.

@@ -43,7 +43,7 @@ pub(crate) async fn drive<D: Device + 'static>(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     let (failure, mut failed) = mpsc::channel(1);
-    let device = Arc::new(Filtered::new(device, session.config(), proxy.ports, failure));
+    let device = Arc::new(Filtered::new(device, session.config(), &proxy, failure));
     let upstream = Arc::new(Upstream::new(session.config(), &proxy));
     upstream.follow(session, &device)?;
     let mut listening = listen(&proxy, &upstream).await?;

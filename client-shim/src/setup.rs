@@ -129,6 +129,12 @@ impl Setup<'_> {
         self.paths.iter().map(|(vip, _)| vip)
     }
 
+    /// Where streams may be moved to beside the VIPs.
+    fn accepted(&self) -> impl Iterator<Item = Prefix> {
+        let prefixes = self.config.proxy.iter().flat_map(|proxy| &proxy.accept_prefixes);
+        prefixes.copied().filter(|prefix| self.families().any(|family| family == prefix.family()))
+    }
+
     fn families(&self) -> impl Iterator<Item = Family> {
         Family::BOTH.into_iter().filter(|family| self.vips().any(|vip| Family::of(vip) == *family))
     }
@@ -224,6 +230,16 @@ impl Setup<'_> {
         let arriving = |vip, interface: &str| {
             rule(vip, preference::ARRIVING, self.table(table::IN)).interface(interface).from(vip)
         };
+        if let Some(proxy) = &self.config.proxy {
+            for prefix in self.accepted() {
+                for interface in self.interfaces(prefix.family()) {
+                    let offset = self.preference(preference::ARRIVING);
+                    let arriving = Rule::new(prefix.family(), offset, self.table(table::IN)).tcp();
+                    let arriving = arriving.interface(interface).from(prefix);
+                    changes.push(arriving.destination_port(proxy.ports).into());
+                }
+            }
+        }
         for (vip, path) in self.paths.iter() {
             if let Some(proxy) = &self.config.proxy {
                 // Its own address may be that of another of these interfaces.
@@ -244,7 +260,11 @@ impl Setup<'_> {
             mark: self.host.mark,
             mask: self.host.mark_mask,
             except_interface: Some(self.host.device.clone()),
-            icmp: vec![QuotedMatch { destination: vips.clone(), ..QuotedMatch::default() }],
+            icmp: vec![QuotedMatch {
+                destination: vips.clone(),
+                destination_prefixes: self.accepted().collect(),
+                ..QuotedMatch::default()
+            }],
             ..Divert::default()
         };
         if self.config.notrack && !vips.is_empty() {
@@ -254,7 +274,7 @@ impl Setup<'_> {
     }
 
     fn untrack(&self, vips: &[IpAddr], divert: &mut Divert) {
-        let prefixes: Vec<Prefix> = vips.iter().copied().map(Prefix::host).collect();
+        let prefixes: Vec<Prefix> = vips.iter().copied().map(Prefix::host).chain(self.accepted()).collect();
         let ports: Vec<PortRange> = self.config.proxy.iter().map(|proxy| proxy.ports).collect();
         let from_vip = |interface: &str, source| SegmentMatch {
             interface: Some(interface.to_owned()),
@@ -270,6 +290,11 @@ impl Setup<'_> {
         };
         for (vip, path) in self.paths.iter() {
             divert.untracked_incoming.push(from_vip(&path.hop.interface, vec![Prefix::host(vip)]));
+        }
+        for prefix in self.accepted() {
+            for interface in self.interfaces(prefix.family()) {
+                divert.untracked_incoming.push(from_vip(interface, vec![prefix]));
+            }
         }
         divert.untracked_incoming.push(from_vip(&self.host.device, prefixes.clone()));
         divert.untracked_incoming.push(to_vip(Some(self.host.device.clone())));
@@ -343,6 +368,23 @@ mod tests {
         assert_eq!(arriving.len(), 2);
         assert!(arriving.iter().all(|rule| rule.destination_port == Some(PortRange::new(50_000, 50_999))));
         assert!(!rules(&changes).any(|rule| rule.interface.as_deref() == Some("lo")));
+    }
+
+    #[test]
+    fn j6_what_comes_from_accepted_addresses_to_the_proxys_ports_is_its_own() {
+        let mut config = config("mode = \"proxy\"");
+        let prefix = Prefix::new("2001:db8:3::".parse().unwrap(), 64);
+        config.proxy.as_mut().unwrap().accept_prefixes = vec![prefix];
+        let changes = changes(&config, &paths(), &Facts { nft: true, ..Facts::default() });
+        let arriving: Vec<&Rule> = rules(&changes).filter(|rule| rule.from == Some(prefix)).collect();
+        assert_eq!(arriving.len(), 1);
+        assert_eq!(arriving[0].destination_port, Some(PortRange::new(50_000, 50_999)));
+        assert_eq!(arriving[0].interface.as_deref(), Some("eth0"));
+        let quoted = changes.iter().find_map(|change| match change {
+            Change::Divert(divert) => Some(&divert.icmp[0].destination_prefixes),
+            _ => None,
+        });
+        assert_eq!(quoted.unwrap(), &[prefix]);
     }
 
     #[test]

@@ -76,6 +76,9 @@ pub struct QuotedMatch {
     pub source: Vec<IpAddr>,
     /// The quoted destination.
     pub destination: Vec<IpAddr>,
+    /// Or that it is in one of these.
+    #[serde(default)]
+    pub destination_prefixes: Vec<Prefix>,
     /// Whether quotes of UDP match, too, and in IPv6 those of first fragments.
     #[serde(default)]
     pub udp: bool,

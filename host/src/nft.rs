@@ -338,12 +338,16 @@ impl<'a> Build<'a> {
             let mine = list.iter().filter(|address| Family::of(**address) == family);
             mine.map(|address| Prefix::host(*address)).collect()
         };
+        let prefixes = quoted.destination_prefixes.iter().copied();
+        let mut destination = of_family(&quoted.destination);
+        destination.extend(prefixes.filter(|prefix| prefix.family() == family));
+        let anywhere = quoted.destination.is_empty() && quoted.destination_prefixes.is_empty();
         let ends = [
-            (End::Source, &quoted.source, of_family(&quoted.source)),
-            (End::Destination, &quoted.destination, of_family(&quoted.destination)),
+            (End::Source, quoted.source.is_empty(), of_family(&quoted.source)),
+            (End::Destination, anywhere, destination),
         ];
         let named = ends.iter().any(|(_, _, mine)| !mine.is_empty());
-        let impossible = ends.iter().any(|(_, all, mine)| !all.is_empty() && mine.is_empty());
+        let impossible = ends.iter().any(|(_, any, mine)| !any && mine.is_empty());
         if !named || impossible {
             return Ok(());
         }

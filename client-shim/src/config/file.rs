@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use shunt_host::control::ControlSettings;
-use shunt_host::{ConfigError, HostSettings, PortRange, Role, Source};
-use shunt_stack::redirect::{ClientConfig, Continuation, OnRedirect, VipConfig};
+use shunt_host::{ConfigError, HostSettings, PortRange, Prefix, Role, Source};
+use shunt_stack::redirect::{self, ClientConfig, Continuation, OnRedirect, VipConfig};
 use toml::Spanned;
 
 use super::{Boundary, BoundaryError, Config, Extra, Forward, ForwardError, Hold, Mode, ProxyConfig, socket};
@@ -16,6 +16,8 @@ use super::{Boundary, BoundaryError, Config, Extra, Forward, ForwardError, Hold,
 /// Ports of the proxy's own connections unless configured: ephemeral ones, where nobody listens.
 const DEFAULT_PROXY_PORTS: PortRange = PortRange::new(50_000, 50_999);
 const MAX_FLOWS: u64 = 1 << 24;
+/// Each is a policy rule.
+const MAX_PREFIXES: usize = 64;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -103,6 +105,8 @@ struct Proxy {
     forward: Vec<Spanned<String>>,
     ports: Option<Spanned<String>>,
     boundary: Option<Spanned<String>>,
+    #[serde(default)]
+    accept_prefixes: Vec<Spanned<Prefix>>,
 }
 
 impl File {
@@ -127,8 +131,11 @@ impl File {
             ..self.machine(source)?
         };
         let proxy = self.check_proxy(source, &client, extra)?;
-        if proxy.as_ref().is_some_and(|proxy| proxy.boundary != Boundary::None) {
+        if let Some(proxy) = proxy.as_ref().filter(|proxy| proxy.boundary != Boundary::None) {
             client.vips.iter_mut().for_each(|vip| vip.on_redirect = OnRedirect::Follow);
+            let machines =
+                |prefix: &Prefix| redirect::Prefix { address: prefix.address(), length: prefix.len() };
+            client.accept_prefixes = proxy.accept_prefixes.iter().map(machines).collect();
         }
         let timers = &self.timers;
         Ok(Config {
@@ -232,6 +239,7 @@ impl File {
             forward,
             ports,
             boundary: extra.boundary.or(boundary).unwrap_or_default(),
+            accept_prefixes: check_prefixes(source, &proxy.accept_prefixes)?,
             max_connections: in_range(source, self.limits.connections.as_ref(), room, 1..room + 1)? as usize,
             connect_timeout: seconds(source, self.timers.connect_s.as_ref(), 30)?,
             request_timeout: seconds(source, self.timers.request_s.as_ref(), 10)?,
@@ -311,6 +319,15 @@ fn parse_listen(source: &Source, text: &Spanned<String>) -> Result<SocketAddr, C
 
 fn parse_boundary(source: &Source, text: &Spanned<String>) -> Result<Boundary, ConfigError> {
     text.get_ref().parse().map_err(|error: BoundaryError| source.error_at(text.span(), error.to_string()))
+}
+
+fn check_prefixes(source: &Source, prefixes: &[Spanned<Prefix>]) -> Result<Vec<Prefix>, ConfigError> {
+    if let Some(beyond) = prefixes.get(MAX_PREFIXES) {
+        return Err(
+            source.error_at(beyond.span(), format!("at most {MAX_PREFIXES} prefixes can be accepted"))
+        );
+    }
+    Ok(prefixes.iter().map(|prefix| *prefix.get_ref()).collect())
 }
 
 /// `LISTEN=VIP:PORT`.
@@ -393,11 +410,12 @@ mod tests {
         assert_eq!(config(include_str!("reference.toml")).unwrap(), shortest);
         let proxy = |text: &str| text.replace("\"transparent\"", "\"proxy\"");
         let whole = include_str!("reference.toml").replace("\n# [proxy]", "\n[proxy]");
-        let whole = ["socks5", "forward", "ports", "boundary"]
+        let whole = ["socks5", "forward", "ports", "boundary", "accept_prefixes"]
             .iter()
             .fold(whole, |text, key| text.replace(&format!("\n# {key} ="), &format!("\n{key} =")));
         let whole = config(&proxy(&whole)).unwrap().proxy.unwrap();
         assert_eq!((whole.ports, whole.boundary), (DEFAULT_PROXY_PORTS, Boundary::None));
+        assert_eq!(whole.accept_prefixes, []);
     }
 
     #[test]
@@ -427,6 +445,18 @@ mod tests {
         assert_eq!(with("line", &none), (Boundary::Line, OnRedirect::Follow));
         let idle = Boundary::Idle(Duration::from_millis(50));
         assert_eq!(with("idle:50ms", &none), (idle, OnRedirect::Follow));
+        let prefixes = |boundary: &str| {
+            let text = format!(
+                "role = \"client\"\nmode = \"proxy\"\n{VIP}[proxy]\nsocks5 = \"127.0.0.1:1080\"\n\
+                 accept_prefixes = [\"10.3.0.0/24\", \"fd00:3::/64\"]\nboundary = \"{boundary}\"\n"
+            );
+            let config = config(&text).unwrap();
+            assert_eq!(config.proxy.unwrap().accept_prefixes[0].to_string(), "10.3.0.0/24");
+            config.client.accept_prefixes
+        };
+        assert_eq!(prefixes("none"), []);
+        let fd00 = redirect::Prefix { address: "fd00:3::".parse().unwrap(), length: 64 };
+        assert_eq!(prefixes("line")[1], fd00);
         let extra = Extra { boundary: Some(Boundary::Line), ..Extra::default() };
         assert_eq!(with("idle:2s", &extra), (Boundary::Line, OnRedirect::Follow));
     }
@@ -459,6 +489,7 @@ mod tests {
             ),
             (7, format!("{proxy}socks5 = \"127.0.0.1:1\"\nboundary = \"idle:0ms\"\n"), "idle:50ms"),
             (7, format!("{proxy}socks5 = \"127.0.0.1:1\"\nboundary = \"idle\"\n"), "idle:50ms"),
+            (7, format!("{proxy}socks5 = \"127.0.0.1:1\"\naccept_prefixes = [\"10.0.0.0/33\"]\n"), "prefix"),
             (8, format!("{VIP}[host]\n\n\n\nmark = 0\n"), "mark 0"),
         ] {
             let text = if text.starts_with("role") { text } else { format!("role = \"client\"\n{text}") };

@@ -6,18 +6,30 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use shunt_host::PortRange;
+use shunt_host::{PortRange, Prefix};
 use shunt_stack::device::Device;
 use shunt_stack::wire::{Offload, Packet, Protocol};
 use tokio::sync::mpsc;
 
-use crate::config::Config;
+use crate::config::{Config, ProxyConfig};
 use crate::shim::is_passing;
 
-/// A device that gives only packets from VIPs to the proxy's ports, and ICMP errors about such connections.
+/// Whom the proxy connects to: VIPs, and where their servers may move streams to.
+struct Peers {
+    vips: HashSet<IpAddr>,
+    accepted: Vec<Prefix>,
+}
+
+impl Peers {
+    fn contains(&self, address: IpAddr) -> bool {
+        self.vips.contains(&address) || self.accepted.iter().any(|prefix| prefix.contains(address))
+    }
+}
+
+/// A device that gives only packets from the proxy's peers to its ports, and ICMP errors about such connections.
 pub(super) struct Filtered<D> {
     device: D,
-    vips: HashSet<IpAddr>,
+    peers: Peers,
     ports: PortRange,
     /// Told when the device is gone.
     failure: mpsc::Sender<io::Error>,
@@ -27,28 +39,29 @@ impl<D: Device> Filtered<D> {
     pub(super) fn new(
         device: D,
         config: &Config,
-        ports: PortRange,
+        proxy: &ProxyConfig,
         failure: mpsc::Sender<io::Error>,
     ) -> Self {
-        Self { device, vips: config.vips().collect(), ports, failure }
+        let peers = Peers { vips: config.vips().collect(), accepted: proxy.accept_prefixes.clone() };
+        Self { device, peers, ports: proxy.ports, failure }
     }
 
     fn is_for_us(&self, packet: &Packet) -> bool {
-        is_for(packet, &self.vips, self.ports)
+        is_for(packet, &self.peers, self.ports)
     }
 }
 
-fn is_for(packet: &Packet, vips: &HashSet<IpAddr>, ports: PortRange) -> bool {
+fn is_for(packet: &Packet, peers: &Peers, ports: PortRange) -> bool {
     let of_range = |port: u16| (ports.first()..=ports.last()).contains(&port);
     match packet.icmp() {
         Some(icmp) => icmp.quoted().is_some_and(|quoted| {
             quoted.protocol == Protocol::Tcp
-                && vips.contains(&quoted.destination)
+                && peers.contains(quoted.destination)
                 && of_range(quoted.source_port)
         }),
         None => {
             packet.protocol() == Protocol::Tcp
-                && vips.contains(&packet.source())
+                && peers.contains(packet.source())
                 && packet.ports().is_some_and(|(_, port)| of_range(port))
         }
     }
@@ -108,13 +121,15 @@ mod tests {
 
     #[test]
     fn only_the_proxys_ports_are_its_own() {
-        let vips = HashSet::from(["203.0.113.10".parse().unwrap()]);
+        let accepted = vec!["10.3.0.0/24".parse().unwrap()];
+        let peers = Peers { vips: HashSet::from(["203.0.113.10".parse().unwrap()]), accepted };
         let ports = PortRange::new(50_000, 50_009);
         let packet = |source: &str, destination: &str| {
             Segment::bare(source.parse().unwrap(), destination.parse().unwrap(), TcpFlags::ACK).emit()
         };
-        assert!(is_for(&packet("203.0.113.10:41001", "10.0.0.2:50003"), &vips, ports));
-        assert!(!is_for(&packet("203.0.113.10:41001", "10.0.0.2:50010"), &vips, ports));
-        assert!(!is_for(&packet("203.0.113.11:41001", "10.0.0.2:50003"), &vips, ports));
+        assert!(is_for(&packet("203.0.113.10:41001", "10.0.0.2:50003"), &peers, ports));
+        assert!(is_for(&packet("10.3.0.12:41001", "10.0.0.2:50003"), &peers, ports));
+        assert!(!is_for(&packet("203.0.113.10:41001", "10.0.0.2:50010"), &peers, ports));
+        assert!(!is_for(&packet("203.0.113.11:41001", "10.0.0.2:50003"), &peers, ports));
     }
 }

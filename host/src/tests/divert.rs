@@ -281,7 +281,8 @@ fn icmp_errors_are_diverted_by_the_quoted_segment() {
             mark: options.mark,
             mask: options.mark_mask,
             icmp: vec![QuotedMatch {
-                destination: ["203.0.113.10", "203.0.113.11", "2001:db8:1::10"].map(ip).into(),
+                destination: ["203.0.113.10", "203.0.113.11"].map(ip).into(),
+                destination_prefixes: vec![Prefix::new(ip("2001:db8:1::"), 64)],
                 ..QuotedMatch::default()
             }],
             ..Divert::default()
