@@ -27,6 +27,7 @@ need sysctl procps
 need dnsmasq dnsmasq-base
 need dig bind9-dnsutils
 need ping iputils-ping
+need tshark tshark
 if [ "${#packages[@]}" -gt 0 ]; then
   step "installing ${packages[*]}"
   sudo=
