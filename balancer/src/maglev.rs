@@ -219,7 +219,9 @@ mod tests {
             clients.map(hash_client).filter(|hash| table.lookup(*hash).index() == 0).collect();
         let spread = |level| {
             let mut counts = [0; 4];
-            below.iter().for_each(|hash| counts[table.lookup(at_level(*hash, level)).index()] += 1);
+            for hash in &below {
+                counts[table.lookup(at_level(*hash, level)).index()] += 1;
+            }
             counts
         };
         assert_eq!(spread(0), [below.len(), 0, 0, 0], "the same part of the hash: one server gets all");

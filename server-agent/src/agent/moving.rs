@@ -98,9 +98,10 @@ impl Agent<'_> {
                 self.server.set_elsewhere(SocketAddr::new(*address, port), to);
             }
         }
-        match to {
-            Some(to) => tracing::info!(service, to, "new clients are sent elsewhere"),
-            None => tracing::info!(service, "new clients are served here"),
+        if let Some(to) = to {
+            tracing::info!(service, to, "new clients are sent elsewhere");
+        } else {
+            tracing::info!(service, "new clients are served here");
         }
     }
 

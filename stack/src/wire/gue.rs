@@ -338,10 +338,7 @@ mod tests {
                     assert_eq!(packet.traffic_class(), class, "copied");
                     let datagram = packet.bytes()[packet.transport_offset() + 8..].to_vec();
                     let out = decapsulate(&datagram, 46 << 2 | outside);
-                    assert_eq!(
-                        out.as_ref().ok().map(|packet| packet.traffic_class()),
-                        wanted.map(|ecn| 46 << 2 | ecn)
-                    );
+                    assert_eq!(out.as_ref().ok().map(Packet::traffic_class), wanted.map(|ecn| 46 << 2 | ecn));
                     if let Ok(out) = out {
                         assert!(
                             out.checksum_ok() && (v6 || Sum::new().add(&out.bytes()[..20]).fold() == 0xffff)
