@@ -170,7 +170,11 @@ impl Connections {
         let (server, vip, client) = match route {
             Route::ToServer { server, .. } => (server, packet.destination(), packet.source_socket()),
             Route::ToClient { vip, server } => (server, vip, packet.destination_socket()),
-            Route::ErrorToClient { .. } | Route::Redirect { .. } | Route::Answer | Route::Unchanged => return,
+            Route::ErrorToClient { .. }
+            | Route::Redirect { .. }
+            | Route::Answer
+            | Route::TooBig { .. }
+            | Route::Unchanged => return,
         };
         let inbound = matches!(route, Route::ToServer { .. });
         let sign = if flags.contains(TcpFlags::RST) {

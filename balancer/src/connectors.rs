@@ -13,10 +13,11 @@ use shunt_host::{Family, HostError};
 use shunt_stack::device::Device;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::config::{Config, Server};
+use crate::config::{Config, ForwardMode, Server};
 use crate::driver::Daemon;
 use crate::health::Unfit;
 use crate::host::{Devices, changes};
+use crate::tunnel::{Tunnels, look};
 
 /// A link that appeared and could not be used is tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
@@ -94,7 +95,12 @@ impl Connectors {
 }
 
 /// Adds to those that are unfit who cannot be reached.
-pub(crate) fn without_the_missing(mut unfit: Unfit, devices: &Devices) -> Unfit {
+pub(crate) fn without_the_missing(mut unfit: Unfit, devices: &Devices, tunnels: Option<&Tunnels>) -> Unfit {
+    if let Some(tunnels) = tunnels {
+        for index in (0..tunnels.servers()).filter(|index| !tunnels.reach(*index)) {
+            unfit.insert_unreachable(index);
+        }
+    }
     for (index, _) in devices.servers.iter().enumerate().filter(|(_, device)| !device.connected) {
         unfit.insert_unreachable(index);
     }
@@ -102,6 +108,30 @@ pub(crate) fn without_the_missing(mut unfit: Unfit, devices: &Devices) -> Unfit 
 }
 
 impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
+    /// Lets tunnels follow the host's routes, `gue` mode.
+    pub(crate) async fn look_for_routes(&mut self) {
+        if self.config.forward != ForwardMode::Gue {
+            return;
+        }
+        match look(&self.config).await {
+            Ok(hops) if hops == self.hops => {}
+            Ok(hops) => {
+                for end in self.config.servers.iter().flat_map(|server| &server.ends) {
+                    match (self.hops.get(end), hops.get(end)) {
+                        (Some(_), None) => {
+                            tracing::warn!(address = %end, "no route leads to this server any more")
+                        }
+                        (None, Some(_)) => tracing::info!(address = %end, "a route leads to this server"),
+                        _ => {}
+                    }
+                }
+                self.hops = hops;
+                self.renew().await;
+            }
+            Err(error) => tracing::warn!(%error, "the routes to servers cannot be looked up"),
+        }
+    }
+
     /// Lets packets and the host follow the links.
     pub(crate) async fn links_changed(&mut self, news: LinkNews) {
         self.note_neighbours(&news.neighbours);

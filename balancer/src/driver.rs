@@ -25,6 +25,7 @@ use crate::connections::Connections;
 use crate::connectors::{Connectors, without_the_missing};
 use crate::health::{Monitor, Transition};
 use crate::host::{Devices, ServerDevice, changes, device_name, main_mtu};
+use crate::tunnel::{Hops, Tunnels, look};
 use crate::{Balancer, DropReason, LoadError, Memory, Output, SelectKey, Snapshot, Unfit};
 
 /// How often counters are logged, at level debug.
@@ -323,6 +324,8 @@ pub(crate) struct Daemon<D, F> {
     /// Requests that take long.
     pub(crate) waits: JoinSet<()>,
     pub(crate) connectors: Connectors,
+    /// The ways to servers, `gue` mode.
+    pub(crate) hops: Hops,
     pub(crate) host: Host,
     pub(crate) nft: bool,
     pub(crate) devices: Devices,
@@ -339,6 +342,11 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         // The rule to a VIP and the blackhole behind it stay, so that connects meet silence, not "unreachable", meanwhile.
         let mut host = Host::open_keeping(&state_dir, SESSION, &config.host, |_| true).await?;
         let nft = nft_available().await;
+        if !nft && config.forward == ForwardMode::Gue {
+            tracing::warn!(
+                "this kernel has no nftables: of path MTUs to servers only the first link's is known"
+            );
+        }
         if !nft && config.forward == ForwardMode::Network {
             tracing::warn!(
                 "this kernel has no nftables: ICMP errors about packets to servers, echo replies and fragments of TCP \
@@ -358,8 +366,11 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         }
         // While the name is ours: nobody else's socket is there.
         let server = Server::open(&config.control.at(control_socket), &state_dir, Role::Balancer)?;
-        let unfit = without_the_missing(Unfit::default(), &devices);
-        let balancer = Arc::new(Balancer::new_without(&config, &unfit, SelectKey::from_system()));
+        let hops = look(&config).await?;
+        let tunnels = Tunnels::new(&config, &hops);
+        let unfit = without_the_missing(Unfit::default(), &devices, tunnels.as_ref());
+        let balancer = Balancer::new_without(&config, &unfit, SelectKey::from_system()).through(tunnels);
+        let balancer = Arc::new(balancer);
         let connections = Connections::new(&config);
         if let Err(error) = host.replace(changes(&config, &devices, nft)).await {
             if let Err(undo) = host.close().await {
@@ -379,6 +390,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             published,
             waits,
             connectors,
+            hops,
             host,
             nft,
             devices,
@@ -402,7 +414,10 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
                 call = self.server.next() => self.call(call).await,
                 changed = self.monitor.changed() => self.health_changed(&changed).await,
                 news = self.connectors.news() => self.links_changed(news).await,
-                _ = interval.tick() => self.log_counters(),
+                _ = interval.tick() => {
+                    self.log_counters();
+                    self.look_for_routes().await;
+                }
             }
         }
     }
@@ -455,7 +470,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
 
     /// Decides by the same configuration and by what is known of the servers now.
     pub(crate) async fn renew(&mut self) {
-        let balancer = self.successor(&self.config, &self.devices).await;
+        let balancer = self.successor(&self.config, &self.devices, &self.hops).await;
         let before = Arc::clone(&self.active.borrow());
         let connections = Connections::successor(before.connections.as_ref(), &self.config);
         let outputs = before.outputs.clone();
@@ -463,12 +478,14 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     }
 
     /// What will decide by a configuration, the servers' health and their links. Made beside, because packets go on.
-    async fn successor(&self, config: &Config, devices: &Devices) -> Arc<Balancer> {
-        let unfit = without_the_missing(self.monitor.unfit(config), devices);
+    async fn successor(&self, config: &Config, devices: &Devices, hops: &Hops) -> Arc<Balancer> {
+        let tunnels = Tunnels::new(config, hops);
+        let unfit = without_the_missing(self.monitor.unfit(config), devices, tunnels.as_ref());
         let (balancer, config) = (self.balancer(), config.clone());
         balancer.advance(self.clock.now());
         let made = tokio::task::spawn_blocking(move || balancer.successor_without(&config, &unfit)).await;
-        Arc::new(made.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())))
+        let made = made.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        Arc::new(made.through(tunnels))
     }
 
     async fn try_reload(&mut self) -> Result<(), String> {
@@ -491,6 +508,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         devices.servers = server_devices(&config, Some((&self.config, &self.devices)), &devices.main);
         self.connectors.mark(&config, &mut devices);
         let outputs = self.outputs(&devices)?;
+        let hops = look(&config).await.map_err(|error| error.to_string())?;
         let old = changes(&self.config, &self.devices, self.nft);
         let new = changes(&config, &devices, self.nft);
         // New ones first, then the packets, then the old ones go: at no time does a rule miss that a packet needs.
@@ -501,12 +519,12 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             }
             return Err(error.to_string());
         }
-        let balancer = self.successor(&config, &devices).await;
+        let balancer = self.successor(&config, &devices, &hops).await;
         self.monitor.follow(&config, balancer.server_stats());
         let connections = Connections::successor(self.active.borrow().connections.as_ref(), &config);
         self.active.send_replace(Arc::new(Active { balancer, connections, outputs }));
         self.published.send_replace(Arc::new(config.clone()));
-        (self.config, self.devices) = (config, devices);
+        (self.config, self.devices, self.hops) = (config, devices, hops);
         if let Err(error) = self.host.replace(new).await {
             tracing::warn!(%error, "what the old configuration needed on the host could not all be removed");
         }

@@ -1,12 +1,13 @@
-//! Carrying out what was decided: addresses in `network` mode, the way out in `direct` and `datalink` mode.
+//! Carrying out what was decided: addresses in `network` mode, an outer header in `gue` mode, the way out in `direct` and `datalink` mode.
 //!
 //! Checksums follow incrementally: right ones stay right, wrong ones wrong.
 
 use std::net::SocketAddr;
 
-use shunt_stack::wire::Packet;
+use shunt_stack::wire::{Packet, too_big};
 
 use crate::Balancer;
+use crate::config::ForwardMode;
 use crate::icmp::echo_reply;
 use crate::route::{DropReason, Route};
 use crate::table::ServerId;
@@ -35,11 +36,14 @@ impl Balancer {
     /// `direct` mode, and in `datalink` mode the kernel puts the MAC of the server's address on it.
     ///
     /// # Errors
-    /// [`DropReason::Family`]; the packet is unchanged.
+    /// [`DropReason::Family`], or that it does not go into a tunnel; the packet is unchanged.
     pub fn forward(&self, route: Route, packet: &mut Packet) -> Result<Output, DropReason> {
         match route {
             Route::ToServer { server, .. } if self.table.forward.uses_devices() => {
                 return Ok(Output::Server(server));
+            }
+            Route::ToServer { server, .. } if self.table.forward == ForwardMode::Gue => {
+                return self.into_tunnel(server, packet);
             }
             Route::ToServer { server, decision } => {
                 let vip = packet.destination();
@@ -80,6 +84,7 @@ impl Balancer {
             Route::Redirect { port, .. } => {
                 *packet = self.redirecting(packet, port).ok_or(DropReason::Unanswerable)?;
             }
+            Route::TooBig { mtu } => *packet = too_big(packet, mtu).ok_or(DropReason::TooBig(mtu))?,
             Route::Unchanged => {}
         }
         Ok(Output::Main)

@@ -16,6 +16,7 @@ use crate::config::Limits;
 use crate::forward::Output;
 use crate::route::{Decision, DropReason, Route};
 use crate::table::ServerId;
+use crate::tunnel::PathMtus;
 
 /// What fragments of one datagram have in common (RFC 791, RFC 8200 §4.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -38,7 +39,7 @@ impl Key {
 }
 
 /// What was decided about a first fragment.
-type Verdict = Result<Route, DropReason>;
+pub(crate) type Verdict = Result<Route, DropReason>;
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
@@ -134,12 +135,14 @@ impl FragmentCache {
 }
 
 /// All that a balancer remembers beside its configuration and counters: fragmented datagrams, how many packets it
-/// has answered lately, and how many SYNs have come to service ports.
+/// has answered lately, how many SYNs have come to service ports, and the MTUs of paths to servers that routers have
+/// announced.
 #[derive(Debug)]
 pub struct Memory {
     fragments: FragmentCache,
     answers: Limiter,
     gauge: Gauge,
+    paths: PathMtus,
 }
 
 impl Memory {
@@ -150,6 +153,7 @@ impl Memory {
             fragments: FragmentCache::new(limits.fragments, limits.fragment_lifetime),
             answers: Limiter::new(limits.answers_per_second),
             gauge: Gauge::default(),
+            paths: PathMtus::default(),
         }
     }
 
@@ -190,8 +194,9 @@ impl Balancer {
     pub(crate) fn decide(&self, memory: &mut Memory, now: Instant, packet: &Packet) -> Verdict {
         // Before limits: what is not let in shall take nothing from those that are.
         self.guard(&mut memory.gauge, now, packet).map_err(DropReason::Token)?;
-        let mut verdict = self.verdict(&mut memory.fragments, now, packet);
-        if matches!(verdict, Ok(Route::Answer)) && !memory.answers.take(now) {
+        let verdict = self.verdict(&mut memory.fragments, now, packet);
+        let mut verdict = self.fit(&mut memory.paths, now, packet, verdict);
+        if matches!(verdict, Ok(Route::Answer | Route::TooBig { .. })) && !memory.answers.take(now) {
             verdict = Err(DropReason::AnswerLimit);
         }
         verdict
@@ -229,7 +234,7 @@ impl Route {
             | Route::ToClient { server, .. }
             | Route::ErrorToClient { server, .. }
             | Route::Redirect { server, .. } => Some(server),
-            Route::Answer | Route::Unchanged => None,
+            Route::Answer | Route::TooBig { .. } | Route::Unchanged => None,
         }
     }
 

@@ -1,15 +1,17 @@
 //! The bodies of the fuzz targets `route`, `config` and `control` in `fuzz/`, here so that `cargo test` replays every corpus file
 //! and every crash.
 
+use std::net::Ipv4Addr;
 use std::sync::LazyLock;
 
 use bytes::BytesMut;
 use shunt_host::Source;
 use shunt_stack::fuzz::{Snapshot, any_packet};
 use shunt_stack::time::Instant;
-use shunt_stack::wire::{Offload, Packet};
+use shunt_stack::wire::{Offload, Packet, gue};
 
 use crate::control::{Request, changed};
+use crate::tunnel::{Hop, Tunnels};
 use crate::{Balancer, Config, DropReason, Memory, Route, SelectKey};
 
 const NETWORK: &str = r#"role = "balancer"
@@ -70,7 +72,36 @@ static BALANCERS: LazyLock<Vec<Balancer>> = LazyLock::new(|| {
     vec![of(&NETWORK_OF_ONE), of(&direct), of(&answering)]
 });
 
-/// One packet through route and forward, in `network` mode with agents and without, and in `direct` mode, and then whatever the bytes are as one that
+static TUNNELLING: LazyLock<Balancer> = LazyLock::new(|| {
+    let text = NETWORK.replace("default_server", "forward = \"gue\"\ndefault_server");
+    let config = Config::parse(&Source::new("fuzz.toml", text)).unwrap_or_else(|error| panic!("{error}"));
+    let hop = Hop { source: Ipv4Addr::new(10, 0, 0, 254).into(), mtu: 1500 };
+    let hops = (11..=13).map(|last| (Ipv4Addr::new(10, 0, 0, last).into(), hop)).collect();
+    Balancer::new(&config, SelectKey([1; 16])).through(Tunnels::new(&config, &hops))
+});
+
+/// Into a tunnel as it is, or not at all.
+fn tunnelled(original: &Packet) {
+    let mut packet = original.clone();
+    let route = TUNNELLING.route(original);
+    match (TUNNELLING.process(&mut packet), route) {
+        (Ok(_), Ok(Route::ToServer { .. })) => {
+            let inside = gue::payload(&packet.bytes()[28..]);
+            assert_eq!(inside, Ok(original.bytes()));
+        }
+        (Ok(_), Ok(Route::Answer)) => {}
+        _ => assert_eq!(&packet, original),
+    }
+    // With a memory: what is too big is answered by something smaller, and nothing is forgotten to be checked.
+    let mut packet = original.clone();
+    let mut memory = Memory::new(&TUNNELLING);
+    if TUNNELLING.handle(&mut memory, Instant::ZERO, &mut packet).is_err() {
+        assert_eq!(&packet, original);
+    }
+}
+
+/// One packet through route and forward, in `network` mode with agents and without, in `direct` and in `gue` mode, and
+/// then whatever the bytes are as one that
 /// cannot be read (`B4`).
 ///
 /// # Panics
@@ -78,6 +109,9 @@ static BALANCERS: LazyLock<Vec<Balancer>> = LazyLock::new(|| {
 /// grows, one that is dropped or carried in `direct` mode is changed, or more is remembered than allowed.
 pub fn route(data: &[u8]) {
     let packet = any_packet(data);
+    if let Some(packet) = &packet {
+        tunnelled(packet);
+    }
     for (index, balancer) in BALANCERS.iter().enumerate() {
         if let Some(packet) = &packet {
             routed(balancer, packet, index == 1);

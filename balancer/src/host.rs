@@ -11,7 +11,7 @@
 //! | to the ports that health checks come from | local | answers to this host itself, `network` mode |
 //! | `from` server, service and redirect ports | our device | answers, `network` mode |
 //! | `from` server, a protocol without ports | our device | the same of such a protocol |
-//! | our mark | our device | ICMP errors that quote a server, fragments from servers, echo replies, `network` mode |
+//! | our mark | our device | ICMP errors that quote a server, `network` and `gue` mode; fragments from servers, echo replies, `network` mode |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -79,7 +79,7 @@ pub(crate) fn changes(config: &Config, devices: &Devices, nft: bool) -> Vec<Chan
     if config.checks_health() {
         wanted.push(Change::ReservePorts(vec![config.check_ports]));
     }
-    for family in Family::BOTH.into_iter().filter(|family| config.has(*family)) {
+    for family in Family::BOTH.into_iter().filter(|family| config.sends(*family)) {
         leaving(config, devices, family, &mut wanted);
         administrators(config, family, &mut wanted);
         arriving(config, devices, family, nft, &mut wanted);
@@ -93,10 +93,10 @@ pub(crate) fn changes(config: &Config, devices: &Devices, nft: bool) -> Vec<Chan
 fn sysctls_and_links(config: &Config, devices: &Devices, wanted: &mut Vec<Change>) {
     wanted.push(Link::tun(&devices.main, devices.mtu).into());
     wanted.extend(devices.servers.iter().map(|device| Link::tun(&device.name, LARGEST_MTU).into()));
-    if config.has(Family::V6) {
+    if config.sends(Family::V6) {
         wanted.push(Sysctl::new("net/ipv6/conf/all/forwarding", 1).into());
     }
-    if !config.has(Family::V4) {
+    if !config.sends(Family::V4) {
         return;
     }
     wanted.push(Sysctl::new("net/ipv4/ip_forward", 1).into());
@@ -167,6 +167,12 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
         wanted.push(Route::device(table, vip, &devices.main).metric(DEVICE_METRIC).into());
         wanted.push(Rule::new(family, first + 4, table).to(vip).into());
     }
+    let back = tables + table::BACK;
+    if config.forward == ForwardMode::Gue && nft {
+        wanted.push(Route::device(back, Prefix::all(family), &devices.main).into());
+        let host = &config.host;
+        wanted.push(Rule::new(family, first + 7, back).mark(host.mark, host.mark_mask).into());
+    }
     if config.forward != ForwardMode::Network {
         return;
     }
@@ -174,7 +180,6 @@ fn arriving(config: &Config, devices: &Devices, family: Family, nft: bool, wante
         // Only what is addressed to this host finds a route there; everything else goes on to the next rules.
         wanted.push(Rule::new(family, first + 5, LOCAL).destination_port(config.check_ports).into());
     }
-    let back = tables + table::BACK;
     wanted.push(Route::device(back, Prefix::all(family), &devices.main).into());
     let mut answers: BTreeMap<(IpAddr, u8), Option<Vec<PortRange>>> = BTreeMap::new();
     let known = |way: &WayBack| match way.protocol {
@@ -256,6 +261,17 @@ fn divert(config: &Config, devices: &Devices) -> Divert {
         packets.push(PacketMatch { kind: PacketKind::IcmpAnswer, source: answering.into_iter().collect() });
         icmp.push(QuotedMatch { destination: servers, udp: true, ..QuotedMatch::default() });
     }
+    let ends = unique(&mut config.servers.iter().flat_map(|server| server.ends.iter().copied()));
+    if !ends.is_empty() {
+        let destination = ends.iter().map(|end| end.address()).collect();
+        icmp.push(QuotedMatch { destination, udp: true, ..QuotedMatch::default() });
+        untracked.push(SegmentMatch {
+            transport: Transport::Udp,
+            destination: ends,
+            destination_ports: vec![config.gue_port.into()],
+            ..SegmentMatch::default()
+        });
+    }
     Divert {
         mark: config.host.mark,
         mask: config.host.mark_mask,
@@ -282,7 +298,7 @@ impl Devices {
 /// In `network` mode the smallest on the ways to the servers: a client's segment that is too big is then refused
 /// before its destination is rewritten, with an error that the client understands.
 pub(crate) async fn main_mtu(config: &Config) -> Result<u32, HostError> {
-    if config.forward.uses_devices() {
+    if config.forward != ForwardMode::Network {
         return Ok(LARGEST_MTU);
     }
     let mut smallest = LARGEST_MTU;

@@ -36,6 +36,7 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 mod tokens;
+pub mod tunnel;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -56,6 +57,7 @@ pub use select::{LoadError, SelectKey};
 pub use stats::{ServerSnapshot, Snapshot, Stats};
 pub use table::{ServerId, Table};
 
+use config::ForwardMode;
 use qos::Qos;
 use select::Lives;
 use stats::ServerStats;
@@ -77,6 +79,8 @@ pub struct Balancer {
     answerer: Option<Answerer>,
     tokens: Tokens,
     key: SelectKey,
+    /// `gue` mode's ways to the servers.
+    tunnels: Option<tunnel::Tunnels>,
 }
 
 /// When policies have to follow time and loads again.
@@ -121,6 +125,7 @@ impl Balancer {
             answerer: answer::answerer(config, key),
             tokens: Tokens::new(config),
             key,
+            tunnels: None,
         }
     }
 
@@ -228,8 +233,13 @@ impl Balancer {
             self.reaches(route)?;
             self.count(route, packet);
             let mark = self.mark(route, packet);
+            // An outer header copies it.
+            let early = mark.filter(|_| self.table.forward == ForwardMode::Gue);
+            if let Some(dscp) = early {
+                packet.set_dscp(dscp);
+            }
             let output = self.forward(route, packet)?;
-            if let Some(dscp) = mark {
+            if let Some(dscp) = mark.filter(|_| early.is_none()) {
                 packet.set_dscp(dscp);
             }
             Ok(output)

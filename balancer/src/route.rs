@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 use shunt_stack::redirect::TokenRefusal;
+use shunt_stack::wire::gue::GueError;
 use shunt_stack::wire::{Packet, ParseError, Protocol, TcpView};
 use thiserror::Error;
 
@@ -50,6 +51,11 @@ pub enum Route {
         server: ServerId,
         /// Its service port, Y.
         port: u16,
+    },
+    /// Too big for the tunnel to its server: its sender is told (`I3`, `gue` mode).
+    TooBig {
+        /// What would fit, in bytes.
+        mtu: u16,
     },
     /// Neither for a VIP nor an answer of one: passes as it is (`B5`). So does what is for a port of a VIP that is this
     /// host's own; the host's routes deliver it here.
@@ -148,8 +154,14 @@ pub enum DropReason {
     /// More than the service's limit. Decided before and apart from where the packet goes (`B6`).
     #[error("over the service's limit: {0}")]
     Limited(Limit),
-    /// The link of the chosen server is not there.
-    #[error("the link of server {0} is missing")]
+    /// `I3`: it does not fit into the tunnel, and its sender cannot be told.
+    #[error("more than {0} bytes do not fit into the tunnel")]
+    TooBig(u16),
+    /// It cannot be put into a tunnel.
+    #[error("no packet for a tunnel: {0}")]
+    Tunnel(GueError),
+    /// The link of the chosen server is not there, or no route leads to it.
+    #[error("no way leads to server {0}")]
     NoConnector(ServerId),
     /// §10: a SYN to a service port without the token that is demanded.
     #[error("not let in: {0}")]
@@ -169,6 +181,8 @@ impl DropReason {
                 | DropReason::Token(_)
                 | DropReason::Family(_)
                 | DropReason::NoConnector(_)
+                | DropReason::TooBig(_)
+                | DropReason::Tunnel(_)
                 | DropReason::Refused(_)
                 | DropReason::Unanswerable
         )
@@ -196,6 +210,7 @@ pub(crate) enum Way {
     Answer,
     Unchanged,
     Redirect,
+    TooBig,
 }
 
 impl Route {
@@ -220,6 +235,7 @@ impl Route {
             Route::Answer => Way::Answer,
             Route::Redirect { .. } => Way::Redirect,
             Route::Unchanged => Way::Unchanged,
+            Route::TooBig { .. } => Way::TooBig,
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::connections::ConnectionsSnapshot;
 use crate::limit::Limit;
 use crate::route::{Decision, DropReason, Route, Way};
 
-const WAYS: [(Way, &str); 17] = [
+const WAYS: [(Way, &str); 18] = [
     (Way::Selected, "selected"),
     (Way::Owner, "owner"),
     (Way::LegacyHash, "legacy_hash"),
@@ -32,9 +32,10 @@ const WAYS: [(Way, &str); 17] = [
     (Way::Answer, "answer"),
     (Way::Unchanged, "unchanged"),
     (Way::Redirect, "redirected"),
+    (Way::TooBig, "too_big"),
 ];
 
-const REASONS: [&str; 23] = [
+const REASONS: [&str; 25] = [
     "unreadable",
     "unknown_port",
     "protocol",
@@ -58,6 +59,8 @@ const REASONS: [&str; 23] = [
     "token_unknown_key",
     "token_expired",
     "token_mismatch",
+    "too_big",
+    "tunnel",
 ];
 
 fn reason_index(reason: DropReason) -> usize {
@@ -85,6 +88,8 @@ fn reason_index(reason: DropReason) -> usize {
         DropReason::Token(TokenRefusal::UnknownKey(_)) => 20,
         DropReason::Token(TokenRefusal::Expired) => 21,
         DropReason::Token(TokenRefusal::Mismatch) => 22,
+        DropReason::TooBig(_) => 23,
+        DropReason::Tunnel(_) => 24,
     }
 }
 
@@ -118,6 +123,7 @@ pub struct Stats {
     /// As last seen.
     fragments: AtomicU64,
     fragments_evicted: Counter,
+    path_mtu_changes: Counter,
     device_errors: Counter,
     reloads: Counter,
     refused_reloads: Counter,
@@ -161,6 +167,8 @@ pub struct Snapshot {
     pub fragments: u64,
     /// Fragmented datagrams forgotten before their time because there were too many.
     pub fragments_evicted: u64,
+    /// How often a router said that less fits on the way to a server than was known (`gue` mode).
+    pub path_mtu_changes: u64,
     /// Packets that a device did not take.
     pub device_errors: u64,
     /// Configurations taken over.
@@ -218,6 +226,10 @@ impl Stats {
     /// Counts a SYN-ACK that was to get C.
     pub(crate) fn confirmed(&self, done: bool) {
         if done { self.confirmed.add(1) } else { self.unconfirmed.add(1) }
+    }
+
+    pub(crate) fn path_mtu_changed(&self) {
+        self.path_mtu_changes.add(1);
     }
 
     pub(crate) fn fragments(&self, remembered: usize, evicted: u64) {
@@ -304,7 +316,7 @@ impl Balancer {
                 stats.bytes_back.add(bytes);
             }
             Route::Redirect { server, .. } => self.servers[server.index()].selected.add(1),
-            Route::ErrorToClient { .. } | Route::Answer | Route::Unchanged => {}
+            Route::ErrorToClient { .. } | Route::Answer | Route::TooBig { .. } | Route::Unchanged => {}
         }
     }
 
@@ -335,6 +347,7 @@ impl Balancer {
             token_load: stats.loads.value() > stats.loads_over.value(),
             fragments: stats.fragments.load(Ordering::Relaxed),
             fragments_evicted: stats.fragments_evicted.value(),
+            path_mtu_changes: stats.path_mtu_changes.value(),
             device_errors: stats.device_errors.value(),
             reloads: stats.reloads.value(),
             refused_reloads: stats.refused_reloads.value(),
@@ -385,6 +398,7 @@ impl fmt::Display for Snapshot {
             ("unconfirmed_syn_acks", self.unconfirmed_syn_acks),
             ("token_loads", self.token_loads),
             ("fragments_evicted", self.fragments_evicted),
+            ("path_mtu_changes", self.path_mtu_changes),
             ("device_errors", self.device_errors),
             ("reloads", self.reloads),
             ("refused_reloads", self.refused_reloads),

@@ -21,6 +21,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until};
 
 use crate::config::{Config, DivertMode};
 use crate::control::{Asked, Desk, ShowFacts};
+use crate::decapsulate::{DecapsulateCounters, Decapsulator};
 use crate::error::Error;
 use crate::listeners::Watch;
 use crate::moves::Moves;
@@ -77,6 +78,10 @@ async fn serve(
     let mut tun = TunOptions::new(&config.host.device);
     tun.up = false;
     let device = TunDevice::create(tun).map_err(Error::Device)?;
+    let tunnels = config.decapsulate.as_ref().map(|tunnels| {
+        Decapsulator::open(tunnels).map_err(|error| Error::Tunnels { port: tunnels.port, error })
+    });
+    let tunnels = tunnels.transpose()?;
     let hangup = signal(SignalKind::hangup()).map_err(Error::Signal)?;
     // The machine is told who listens before the first packet comes.
     let clock = Clock::start();
@@ -93,6 +98,7 @@ async fn serve(
         facts,
         host,
         server,
+        tunnels,
         watch,
         clock,
         hangup,
@@ -171,6 +177,8 @@ pub struct AgentStats {
     pub unsent: u64,
     /// Segments that made idle connections say where they stand, before they were asked to move.
     pub probes: u64,
+    /// Datagrams of balancers' tunnels.
+    pub tunnels: DecapsulateCounters,
     /// What the protocol machine made of those it saw.
     pub server: ServerCounters,
 }
@@ -180,6 +188,7 @@ struct Agent<'a> {
     facts: Facts,
     host: &'a mut Host,
     server: Server,
+    tunnels: Option<Decapsulator>,
     watch: Watch,
     addresses: BTreeSet<IpAddr>,
     clock: Clock,
@@ -208,6 +217,12 @@ impl Agent<'_> {
                     None => std::future::pending().await,
                 }
             };
+            let tunnelled = async {
+                match &mut self.tunnels {
+                    Some(tunnels) => tunnels.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 () = &mut shutdown => break,
@@ -222,6 +237,7 @@ impl Agent<'_> {
                     self.advance_moves(&device).await;
                     self.flush(&device).await;
                 }
+                packet = tunnelled => self.handle_tunnelled(&device, packet).await,
                 received = device.recv(&mut buffer) => {
                     let offload = received
                         .map_err(|error| Error::Read { name: device.name().to_owned(), error })?;
@@ -261,6 +277,15 @@ impl Agent<'_> {
         packet.into_buffer()
     }
 
+    /// Takes a packet out of a tunnel through the machine, as if it had come by the interface.
+    async fn handle_tunnelled<D: Device>(&mut self, device: &D, packet: Packet) {
+        if self.addresses.contains(&packet.destination()) {
+            self.handle(device, packet).await;
+        } else if let Some(tunnels) = &mut self.tunnels {
+            tunnels.counters.foreign += 1;
+        }
+    }
+
     /// Sends what the machine has to send: the routes know where to, whichever direction it is.
     async fn flush<D: Device>(&mut self, device: &D) {
         while let Some(transmit) = self.server.poll_transmit(self.clock.now()) {
@@ -281,15 +306,22 @@ impl Agent<'_> {
     }
 
     fn answer(&mut self, asked: Asked) {
-        self.stats.server = *self.server.counters();
+        self.count();
         let facts = ShowFacts { config: &self.config, watch: &self.watch, drained: &self.drained };
         if let Some(order) = self.desk.answer(asked, &facts, &self.stats) {
             self.obey(order);
         }
     }
 
-    fn publish(&mut self) {
+    fn count(&mut self) {
         self.stats.server = *self.server.counters();
+        if let Some(tunnels) = &self.tunnels {
+            self.stats.tunnels = tunnels.counters;
+        }
+    }
+
+    fn publish(&mut self) {
+        self.count();
         if let Some(publish) = &self.publish {
             publish.send_if_modified(|known| std::mem::replace(known, self.stats) != self.stats);
         }

@@ -1,5 +1,6 @@
 //! The server's TOML file: what may be written, what is left out, and what is refused with file and line.
 
+mod decapsulate;
 mod file;
 mod shared;
 #[cfg(test)]
@@ -14,6 +15,8 @@ use serde::Deserialize;
 use shunt_host::control::ControlOptions;
 use shunt_host::{ConfigError, HostOptions, Source};
 use shunt_stack::redirect::{ServicePorts, Silence, TokenPolicy};
+
+pub use decapsulate::Decapsulate;
 
 /// Which packets the agent gets to see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -76,6 +79,8 @@ pub struct Config {
     pub control: ControlOptions,
     /// Where the count of connections is served to balancers, if it is.
     pub status: Option<SocketAddr>,
+    /// Which tunnels of balancers end here, if any.
+    pub decapsulate: Option<Decapsulate>,
     /// Numbers and names used on the host.
     pub host: HostOptions,
     /// The file it came from, which SIGHUP reads again.
@@ -130,6 +135,7 @@ impl Config {
             (self.moving() == new.moving(), "moves, move_s and move_reset_s"),
             (self.control.same_socket(&new.control), "[control]"),
             (self.status == new.status, "[status]"),
+            (self.decapsulate == new.decapsulate, "[decapsulate]"),
         ];
         same.into_iter().find(|(same, _)| !same).map(|(_, key)| key)
     }

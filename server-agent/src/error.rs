@@ -26,6 +26,14 @@ pub enum Error {
         /// Why.
         error: io::Error,
     },
+    /// Balancers' tunnels cannot end here.
+    #[error("cannot take packets out of tunnels at UDP port {port}: {error}")]
+    Tunnels {
+        /// The port.
+        port: u16,
+        /// Why not.
+        error: io::Error,
+    },
     /// The capture file could not be made.
     #[error("cannot write the capture {path}: {error}")]
     Capture {

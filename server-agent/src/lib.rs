@@ -10,6 +10,7 @@
 mod agent;
 mod config;
 mod control;
+mod decapsulate;
 pub mod doctor;
 mod error;
 mod listeners;
@@ -17,5 +18,6 @@ mod moves;
 mod setup;
 
 pub use agent::{AgentStats, RunOptions, run};
-pub use config::{Config, DivertMode, Service};
+pub use config::{Config, Decapsulate, DivertMode, Service};
+pub use decapsulate::DecapsulateCounters;
 pub use error::Error;

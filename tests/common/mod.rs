@@ -245,7 +245,9 @@ impl Net {
 
     /// `10.4.0.1 =1280= 10.4.0.2` between two routers.
     fn narrow_link(&mut self, one: Host, other: Host) {
-        self.lab.link(&one, "narrow", &other, "narrow", LinkOptions { mtu: 1280 }).expect("a narrow link");
+        // A tunnel takes room of its own: IPv6 must find 1,280 bytes inside.
+        let mtu = if self.options.forward == "gue" { 1400 } else { 1280 };
+        self.lab.link(&one, "narrow", &other, "narrow", LinkOptions { mtu }).expect("a narrow link");
         for (host, last) in [(&one, 1), (&other, 2)] {
             host.address("narrow", &format!("10.4.0.{last}/24")).expect("an address");
             host.address("narrow", &format!("fd00:4::{last}/64")).expect("an address");
@@ -265,7 +267,7 @@ impl Net {
 
     /// balancer 10.5.0.1 - 10.5.0.2 outer =1280= inner 10.3.0.1 - servers
     fn narrow_servers(&mut self) {
-        assert_eq!(self.options.forward, "network");
+        assert!(matches!(self.options.forward, "network" | "gue"));
         let outer = self.lab.host("outer").expect("a namespace");
         let inner = self.lab.host("inner").expect("a namespace");
         self.lab.link(&self.balancer, "eth1", &outer, "eth0", LinkOptions::default()).expect("a link");
@@ -328,6 +330,7 @@ impl Net {
     fn router_of(&self, number: u16) -> &Host {
         match self.options.narrow {
             Some(Narrow::Servers) => &self.narrow[1],
+            _ if self.options.forward == "gue" => &self.middle,
             _ if self.options.tree => &self.lowers[self.lower_of(number)].0,
             _ => self.switch.as_ref().unwrap_or(&self.balancer),
         }
@@ -500,7 +503,11 @@ impl Net {
     }
 
     pub fn start_agent(&mut self, number: u16) {
-        self.start_agent_with(number, "");
+        // The balancer's addresses, wherever it stands.
+        let tunnels = "[decapsulate]
+from = [\"10.2.0.0/24\", \"10.5.0.0/24\", \"fd00:2::/64\", \"fd00:5::/64\"]";
+        let extra = if self.options.forward == "gue" { tunnels } else { "" };
+        self.start_agent_with(number, extra);
     }
 
     /// The same with further keys and tables in its file.

@@ -14,8 +14,8 @@ use super::file::{Addresses, File, LimitsTable, ServerTable, ServiceTable, Timer
 use super::health::CheckTable;
 use super::{
     Class, Config, ForwardMode, Legacy, Limits, MAX_DIRECT_SERVERS, MAX_FRAGMENT_LIFETIME, MAX_FRAGMENTS,
-    MAX_LEVEL, MAX_SERVERS, MAX_SERVICES, MAX_VIPS, MAX_WEIGHT, PolicyName, Server, Service, Transport,
-    UdpPolicy, portless, ports,
+    MAX_LEVEL, MAX_SERVERS, MAX_SERVICES, MAX_TUNNELS, MAX_VIPS, MAX_WEIGHT, PolicyName, Server, Service,
+    Transport, UdpPolicy, portless, ports,
 };
 
 pub(super) type Result<T> = std::result::Result<T, ConfigError>;
@@ -63,6 +63,7 @@ pub(super) fn check(source: &Source) -> Result<Config> {
         protocols,
         icmp,
         limits,
+        gue_port: checker.gue(file.gue.as_ref())?,
         level: checker.level(file.level.as_ref())?,
         classes,
         load_max_age: checker.seconds(file.load_max_age_s.as_ref(), 30)?,
@@ -271,7 +272,11 @@ impl Checker<'_> {
         vips: &[IpAddr],
         classes: &[Class],
     ) -> Result<Vec<Server>> {
-        let most = if self.forward.uses_devices() { MAX_DIRECT_SERVERS } else { MAX_SERVERS };
+        let most = match self.forward {
+            ForwardMode::Network => MAX_SERVERS,
+            ForwardMode::Direct | ForwardMode::Datalink => MAX_DIRECT_SERVERS,
+            ForwardMode::Gue => MAX_TUNNELS,
+        };
         let (mut servers, mut names) = (Vec::with_capacity(tables.len()), HashSet::new());
         for table in tables {
             let name = self.name(&table.name, &mut names, "server")?;
@@ -286,6 +291,7 @@ impl Checker<'_> {
                 state: table.state,
                 ports: self.ports(table, services)?,
                 device: None,
+                ends: Vec::new(),
                 gateways: Vec::new(),
                 classes: self.classes_of(&table.classes, classes)?,
                 agent: self.agent(table)?,
@@ -335,7 +341,9 @@ impl Checker<'_> {
             if list[..index].iter().any(|other| Family::of(*other) == family) {
                 return self.fail(written.span(), format!("more than one {family} address"));
             }
-            if !vips.iter().any(|vip| Family::of(*vip) == family) {
+            // A tunnel carries either family over either.
+            let tunnel = self.forward == ForwardMode::Gue;
+            if !tunnel && !vips.iter().any(|vip| Family::of(*vip) == family) {
                 return self.fail(written.span(), format!("{address} is {family}, but no VIP is"));
             }
         }

@@ -31,6 +31,8 @@ pub(super) struct File {
     #[serde(default)]
     pub(super) link: Option<Spanned<String>>,
     #[serde(default)]
+    pub(super) gue: Option<Spanned<GueTable>>,
+    #[serde(default)]
     pub(super) level: Option<Spanned<u8>>,
     #[serde(default)]
     pub(super) answer: Option<Spanned<AnswerBy>>,
@@ -68,6 +70,12 @@ pub(super) struct File {
     pub(super) control: ControlSettings,
     #[serde(default)]
     pub(super) host: HostSettings,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct GueTable {
+    pub(super) port: Option<Spanned<u16>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -36,6 +36,8 @@ pub use traffic::{Class, Fallback, Pattern, RateLimits, Statistics, Traffic};
 pub const MAX_VIPS: usize = 256;
 /// The most servers.
 pub const MAX_SERVERS: usize = 60_000;
+/// The most servers in `gue` mode, whose routes are looked up every few seconds.
+pub const MAX_TUNNELS: usize = 4096;
 /// The most services.
 pub const MAX_SERVICES: usize = 30_000;
 /// The most servers in `direct` and `datalink` mode, where each takes a TUN device and a route table of its own. Two
@@ -74,6 +76,8 @@ pub enum ForwardMode {
     Direct,
     /// Nothing is rewritten but the destination MAC; servers share a link and the VIP.
     Datalink,
+    /// Nothing is rewritten; packets go to the server's real address in UDP datagrams, and the server has the VIP itself.
+    Gue,
 }
 
 impl ForwardMode {
@@ -186,6 +190,8 @@ pub struct Server {
     pub(crate) ports: Vec<(usize, PortRange)>,
     /// The interface towards it, in `direct` and `datalink` mode.
     pub(crate) device: Option<String>,
+    /// Its real addresses, at most one per family, where tunnels to it end, in `gue` mode; `addresses` is empty then.
+    pub(crate) ends: Vec<IpAddr>,
     /// Next hops on that interface, at most one per family.
     pub(crate) gateways: Vec<IpAddr>,
     /// Indices of its classes.
@@ -232,6 +238,8 @@ pub struct Config {
     pub(crate) protocols: BTreeMap<u8, Portless>,
     pub(crate) icmp: IcmpRules,
     pub(crate) limits: Limits,
+    /// The UDP port of tunnels, `gue` mode.
+    pub(crate) gue_port: u16,
     /// Which level of a tree of balancers this one is on, from 0 to [`MAX_LEVEL`].
     pub(crate) level: u8,
     /// Traffic classes, each with servers of its own.
@@ -309,6 +317,11 @@ impl Config {
     /// Whether there is a VIP of the family.
     pub(crate) fn has(&self, family: Family) -> bool {
         self.vips.iter().any(|vip| Family::of(*vip) == family)
+    }
+
+    /// Whether packets of the family leave this host: for a VIP, or in a tunnel.
+    pub(crate) fn sends(&self, family: Family) -> bool {
+        self.has(family) || self.servers.iter().any(|server| of_family(&server.ends, family).is_some())
     }
 
     /// Whether servers are chosen for packets without ports.
@@ -396,6 +409,7 @@ impl fmt::Display for ForwardMode {
             ForwardMode::Network => "network",
             ForwardMode::Direct => "direct",
             ForwardMode::Datalink => "datalink",
+            ForwardMode::Gue => "gue",
         })
     }
 }

@@ -2,10 +2,11 @@
 
 use std::net::IpAddr;
 
+use shunt_stack::wire::gue;
 use toml::Spanned;
 
 use super::check::{Checker, Result};
-use super::file::ServerTable;
+use super::file::{GueTable, ServerTable};
 use super::{ForwardMode, Server};
 
 impl Checker<'_> {
@@ -17,6 +18,18 @@ impl Checker<'_> {
         }
         self.interface(link)?;
         Ok(Some(link.get_ref().as_str()))
+    }
+
+    /// The UDP port of tunnels, `gue` mode.
+    pub(super) fn gue(&self, table: Option<&Spanned<GueTable>>) -> Result<u16> {
+        let Some(table) = table else { return Ok(gue::PORT) };
+        if self.forward != ForwardMode::Gue {
+            return self.fail(table.span(), "only `forward = \"gue\"` has tunnels");
+        }
+        match &table.get_ref().port {
+            Some(port) if *port.get_ref() == 0 => self.fail(port.span(), "port 0 cannot be used"),
+            port => Ok(port.as_ref().map_or(gue::PORT, |port| *port.get_ref())),
+        }
     }
 
     fn interface(&self, name: &Spanned<String>) -> Result<()> {
@@ -60,6 +73,16 @@ impl Checker<'_> {
                 };
                 server.device = Some(device.get_ref().clone());
                 server.gateways = self.addresses(table.gateway.as_ref(), vips)?;
+                Ok(())
+            }
+            ForwardMode::Gue => {
+                self.needs_address(table, server)?;
+                let span = table.device.as_ref().map(Spanned::span);
+                if let Some(span) = span.or(table.gateway.as_ref().map(Spanned::span)) {
+                    return self.fail(span, "tunnels follow the host's routes");
+                }
+                // Whatever the tunnel's family, both families go in.
+                server.ends = std::mem::take(&mut server.addresses);
                 Ok(())
             }
             ForwardMode::Datalink => {

@@ -69,7 +69,7 @@ fn each_mistake_is_refused_with_its_line() {
         ("\"2001:db8::10\"", "\"2001:db8::zz\"", 2, "invalid"),
         ("\"2001:db8::10\"", "\"ff02::1\"", 2, "cannot be reached"),
         ("legacy = \"hash\"", "legacy = \"random\"", 3, "unknown variant"),
-        ("forward = \"network\"", "forward = \"gue\"", 4, "unknown variant"),
+        ("forward = \"network\"", "forward = \"geneve\"", 4, "unknown variant"),
         ("default_server = \"web-2\"", "default_server = \"web-3\"", 5, "no server named"),
         ("default_server = \"web-2\"", "legacy_server = \"web-2\"", 5, "only serves with"),
         ("default_server = \"web-2\"", "defaultserver = 2", 5, "unknown field"),
@@ -545,6 +545,27 @@ fn o21_a_server_may_own_several_ports_and_ranges_of_them() {
     let error = parse(&deep).unwrap_err();
     assert!(error.line() == Some(3) && error.message().contains("levels 0 to 3"), "{error}");
     assert_eq!(parse(&deep.replace("level = 4", "level = 3")).unwrap().level, 3);
+}
+
+#[test]
+fn tunnels_end_at_addresses_of_any_family_and_follow_the_hosts_routes() {
+    let gue = GOOD.replace("\"network\"", "\"gue\"").replace(", \"2001:db8::10\"]", "]");
+    let config = parse(&gue).unwrap();
+    let server = &config.servers[0];
+    assert_eq!((server.ends.len(), server.addresses.len(), config.gue_port), (2, 0, 6080));
+    assert!(server.serves(Family::V4) && server.serves(Family::V6) && config.sends(Family::V6));
+    assert_eq!(parse(&format!("{gue}[gue]\nport = 6081\n")).unwrap().gue_port, 6081);
+    for (text, line, told) in [
+        (gue.replace("weight = 3", "device = \"eth1\""), 15, "follow the host's routes"),
+        (gue.replace("address = \"10.0.0.12\"\n", ""), 19, "no `address`"),
+        (format!("{gue}[gue]\nport = 0\n"), 27, "port 0"),
+        (format!("{GOOD}[gue]\nport = 1\n"), 26, "only `forward = \"gue\"`"),
+        (gue.replace("policy = ", "check = { kind = \"tcp\" }\npolicy = "), 10, "only looked at with"),
+    ] {
+        let error = parse(&text).unwrap_err();
+        assert!(error.message().contains(told), "{error}");
+        assert_eq!(error.line(), Some(line), "{error}");
+    }
 }
 
 #[test]

@@ -79,7 +79,7 @@ pub(super) fn show<'a>(
             }
             ServerShow {
                 name: &server.name,
-                addresses: &server.addresses,
+                addresses: if server.ends.is_empty() { &server.addresses } else { &server.ends },
                 device: server.device.as_deref(),
                 link: connectors.describe(server),
                 state: server.state,

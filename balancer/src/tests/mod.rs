@@ -11,6 +11,7 @@ mod properties;
 mod rules;
 mod tokens;
 mod traffic;
+mod tunnels;
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};

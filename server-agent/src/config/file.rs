@@ -10,6 +10,7 @@ use shunt_host::{ConfigError, HostSettings, Role, Source, TokenSettings};
 use shunt_stack::redirect::{Prefix, Require, ServerConfig, Silence, TokenKeys, TokenPolicy};
 use toml::Spanned;
 
+use super::decapsulate::DecapsulateTable;
 use super::{Config, DivertMode, Service, shared};
 
 const MAX_ADDRESSES: usize = 256;
@@ -45,6 +46,8 @@ struct File {
     control: ControlSettings,
     #[serde(default)]
     status: Status,
+    #[serde(default)]
+    decapsulate: Option<DecapsulateTable>,
     #[serde(default)]
     host: HostSettings,
 }
@@ -161,6 +164,7 @@ impl File {
             shared,
             control: self.control.resolve(Role::Server, source)?,
             status: status(source, self.status.listen.as_ref())?,
+            decapsulate: self.decapsulate.as_ref().map(|table| table.check(source)).transpose()?,
             host: self.host.resolve(Role::Server, source)?,
             path: source.path.clone(),
         })

@@ -46,6 +46,7 @@ fn every_key_is_read() {
             "[limits]\nhalf_open = 100\nhops = 2\nmoves = 7\n",
             "[timers]\nhalf_open_s = 10\nlisteners_s = 5\nmove_s = 3\nmove_reset_s = 9\n",
             "[control]\nenabled = false\n[status]\nlisten = \"[::]:9000\"\n",
+            "[decapsulate]\nport = 6081\nfrom = [\"10.2.0.2\", \"fd00:2::/64\"]\n",
             "[host]\nexid = 0x1111\n[[service]]\nname = \"web\"",
         ),
     );
@@ -58,6 +59,8 @@ fn every_key_is_read() {
         (7, Duration::from_secs(3), silence)
     );
     assert_eq!((config.control.enabled, config.status), (false, "[::]:9000".parse().ok()));
+    let from = vec!["10.2.0.2".parse().unwrap(), "fd00:2::/64".parse().unwrap()];
+    assert_eq!(config.decapsulate, Some(crate::Decapsulate { port: 6081, from }));
     assert_eq!((config.listener_interval, config.host.exid), (Duration::from_secs(5), 0x1111));
 }
 
