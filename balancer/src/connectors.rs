@@ -119,7 +119,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
                 for end in self.config.servers.iter().flat_map(|server| &server.ends) {
                     match (self.hops.get(end), hops.get(end)) {
                         (Some(_), None) => {
-                            tracing::warn!(address = %end, "no route leads to this server any more")
+                            tracing::warn!(address = %end, "no route leads to this server any more");
                         }
                         (None, Some(_)) => tracing::info!(address = %end, "a route leads to this server"),
                         _ => {}

@@ -43,7 +43,7 @@ impl Balancer {
                 return Ok(Output::Server(server));
             }
             Route::ToServer { server, .. } if self.table.forward == ForwardMode::Gue => {
-                return self.into_tunnel(server, packet);
+                return self.tunnel(server, packet);
             }
             Route::ToServer { server, decision } => {
                 let vip = packet.destination();

@@ -112,7 +112,7 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, Option<I
     for extra in message.cmsgs()? {
         match extra {
             ControlMessageOwned::Ipv4Tos(tos) => class = tos,
-            ControlMessageOwned::Ipv6TClass(value) => class = value as u8,
+            ControlMessageOwned::Ipv6TClass(value) => class = u8::try_from(value).unwrap_or_default(),
             _ => {}
         }
     }
