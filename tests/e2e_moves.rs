@@ -30,6 +30,11 @@ fn pattern(length: usize) -> Vec<u8> {
 
 /// Two servers and the service; `timers` are further keys of the agents.
 fn served(forward: &'static str, timers: &str) -> (Net, Service) {
+    served_with(forward, "[limits]\nmoves = 5", timers)
+}
+
+/// The same with `keys` in front of the agents' `[timers]`.
+fn served_with(forward: &'static str, keys: &str, timers: &str) -> (Net, Service) {
     let mut net = Net::new(Options { servers: 2, forward, start: false, ..Options::default() });
     let mut text = net.balancer_config(|_| Some("up"));
     for server in &net.servers {
@@ -40,7 +45,7 @@ fn served(forward: &'static str, timers: &str) -> (Net, Service) {
     for number in 1..=2u16 {
         let [v4, v6] = net.servers[usize::from(number) - 1].addresses();
         let extra = format!(
-            "[limits]\nmoves = 5\n[timers]\nmove_s = {}\n{timers}\n[status]\nlisten = \"{v4}:9000\"",
+            "{keys}\n[timers]\nmove_s = {}\n{timers}\n[status]\nlisten = \"{v4}:9000\"",
             ASKED.as_secs()
         );
         let mut text = net.agent_config(number, &extra);
@@ -176,10 +181,10 @@ fn move_all(net: &Net, more: &[&str]) -> Said {
     ctl(&net.servers[0].host, &command)
 }
 
-/// What passed an agent so far.
-fn passed(net: &Net, number: u16) -> u64 {
-    let counters = ctl(&net.servers[usize::from(number) - 1].host, &["counters", "--json"]).json();
-    counters["packets"].as_u64().expect("a number")
+/// A counter of server 1's agent.
+fn counted(net: &Net, counter: &str) -> u64 {
+    let counters = ctl(&net.servers[0].host, &["counters", "--json"]).json();
+    counters[counter].as_u64().expect("a number")
 }
 
 /// Elements of the set of diverted connections, of all agents.
@@ -199,13 +204,13 @@ fn o7_o11_busy_and_idle_connections_of_a_kernel_move_to_another_without_loss() {
     let (net, _service) = proxied("line");
     let (mut idle, busy) = (at_server(&net, 1, 4), at_server(&net, 1, 4));
     // Connections that nobody moves do not pass the agents.
-    let before = passed(&net, 1);
+    let before = counted(&net, "packets");
     for talk in &mut idle {
         for _ in 0..50 {
             assert_eq!(talk.server(), 1);
         }
     }
-    assert!(passed(&net, 1) < before + 10, "established connections pass the agent");
+    assert!(counted(&net, "packets") < before + 10, "established connections pass the agent");
 
     let drained = ctl(&net.balancer, &["drain", "s1"]);
     assert_eq!(drained.code, 0, "{drained:?}");
@@ -245,12 +250,38 @@ fn o7_o11_busy_and_idle_connections_of_a_kernel_move_to_another_without_loss() {
     for talk in &mut idle {
         assert_eq!(talk.server(), 2);
     }
+    assert!((8..16).contains(&counted(&net, "probes")), "idle ones are made to speak, others need not be");
     let waited = ctl(&net.balancer, &["drain", "s1", "--wait", "--timeout", "20"]);
     assert!(waited.code == 0 && waited.out.contains("safe to remove"), "{waited:?}\n{}", net.logs());
     assert_eq!((count(&net, 1), count(&net, 2), diverted(&net)), (0, 16, 0));
     // There is nothing left to move.
     let said = move_all(&net, &[]);
     assert_eq!((said.code, &said.outcome()["done"]["moved"]), (0, &json!(0)), "{said:?}");
+}
+
+#[test]
+fn hundreds_of_idle_connections_move_in_seconds() {
+    let (mut net, _service) = served_with("network", "", "");
+    start_proxy(&mut net, "line", "");
+    let mut talks = at_server(&net, 1, 150);
+    let start = Instant::now();
+    let said = move_all(&net, &[]);
+    let took = start.elapsed();
+    assert_eq!((said.code, &said.outcome()["done"]["moved"]), (0, &json!(300)), "{said:?}\n{}", net.logs());
+    println!("300 idle connections, 256 at a time: {took:?}");
+    assert!(took < ASKED * 2, "{took:?}");
+    assert!(talks.iter_mut().all(|talk| talk.server() == 2));
+    assert_eq!((count(&net, 1), diverted(&net)), (0, 0));
+}
+
+#[test]
+fn connections_move_where_the_agent_sees_all_of_them_anyway() {
+    let (mut net, _service) = served_with("network", "divert = \"all\"", "");
+    start_proxy(&mut net, "line", "");
+    let mut talks = at_server(&net, 1, 3);
+    let said = move_all(&net, &[]);
+    assert_eq!((said.code, &said.outcome()["done"]["moved"]), (0, &json!(6)), "{said:?}\n{}", net.logs());
+    assert!(talks.iter_mut().all(|talk| talk.server() == 2));
 }
 
 /// The old server's segments are as large as the path allows, and leave as super-packets: R goes on others.
@@ -380,6 +411,10 @@ fn a_drained_service_sends_new_clients_elsewhere_and_asks_those_it_has_to_follow
     assert!(newcomers(&net).iter().all(|server| *server == 2), "{}", net.logs());
     let shown = ctl(&net.servers[0].host, &["show", "--json"]).json();
     assert_eq!(shown["services"][2]["drained_to"], OTHER_SERVICE + 2, "{shown}");
+    // A reload keeps it so.
+    net.servers[0].agent.as_ref().expect("it runs").signal(shunt_lab::Signal::SIGHUP).expect("a signal");
+    wait_for("the reload", &net, || net.logs().contains("the configuration was read again"));
+    assert!(newcomers(&net).iter().all(|server| *server == 2), "{}", net.logs());
     assert_eq!(ctl(&net.servers[0].host, &["enable", "--service", "other"]).code, 0);
     assert!(newcomers(&net).contains(&1), "{}", net.logs());
 }
@@ -512,6 +547,7 @@ fn a_move_is_stopped_and_an_agent_that_ends_leaves_nothing_diverted() {
         (&["move", "--service", "mail", "--to", "43002"][..], "no service named \"mail\""),
         (&["move", "--service", "other", "--to", "43001"], "is where the connections"),
         (&["drain", "--service", "other", "--to", "43001"], "is where the connections"),
+        (&["drain", "--service", "other", "--to", "7000"], "is the redirect port"),
         (&["enable", "--service", "mail"], "no service named"),
     ] {
         let said = ctl(&net.servers[0].host, arguments);

@@ -354,7 +354,7 @@ impl Agent<'_> {
         self.ticks = ticks(&new);
         self.config = new;
         self.facts = facts;
-        self.drain_again();
+        self.apply_drains();
         self.watch.look(&self.config, &mut self.server).await;
         warn_of_surprises(&self.config, &self.facts).await;
         tracing::info!(path = %path.display(), "the configuration was read again");

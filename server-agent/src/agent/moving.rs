@@ -33,8 +33,15 @@ impl Agent<'_> {
             },
             Order::Drain { service, to, reply } => {
                 let request = MoveRequest::whole(&service, to);
-                if let Err(reason) = request.check(&self.config) {
-                    return reply.refuse(reason);
+                let checked = request.check(&self.config).and_then(|()| moves::find(&self.config, &service));
+                match checked {
+                    Ok(found) if found.redirect_port == to => {
+                        return reply.refuse(format!(
+                            "{to} is the redirect port: name another server's service port"
+                        ));
+                    }
+                    Ok(_) => {}
+                    Err(reason) => return reply.refuse(reason),
                 }
                 if self.moves.is_moving(&service) {
                     return reply.refuse(already(&service));
@@ -86,31 +93,28 @@ impl Agent<'_> {
         }
     }
 
-    /// Where new clients of a service go: here, or to another server's port (`S2`).
+    /// Where new clients of a service go: here, or to another server's port.
     fn send_elsewhere(&mut self, service: &str, to: Option<u16>) {
-        match to {
-            Some(to) => _ = self.drained.insert(service.to_owned(), to),
-            None => _ = self.drained.remove(service),
-        }
-        let Ok(found) = moves::find(&self.config, service) else { return };
-        for address in &self.config.addresses {
-            for port in [found.redirect_port, found.service_port] {
-                self.server.set_elsewhere(SocketAddr::new(*address, port), to);
-            }
-        }
         if let Some(to) = to {
+            self.drained.insert(service.to_owned(), to);
             tracing::info!(service, to, "new clients are sent elsewhere");
-        } else {
-            tracing::info!(service, "new clients are served here");
+        } else if self.drained.remove(service).is_some() {
+            tracing::info!(service, "new clients are served here again");
         }
+        self.apply_drains();
     }
 
-    /// After a reload: `self.config` is the new one already.
-    pub(super) fn drain_again(&mut self) {
+    /// Tells the machine where new clients of each service go (`S2`).
+    pub(super) fn apply_drains(&mut self) {
         let config = &self.config;
         self.drained.retain(|service, _| moves::find(config, service).is_ok());
-        for (service, to) in self.drained.clone() {
-            self.send_elsewhere(&service, Some(to));
+        for service in &config.services {
+            let to = self.drained.get(&service.name).copied();
+            for address in &config.addresses {
+                for port in [service.redirect_port, service.service_port] {
+                    self.server.set_elsewhere(SocketAddr::new(*address, port), to);
+                }
+            }
         }
     }
 
