@@ -32,7 +32,8 @@ pub(crate) enum Command {
     Client(ClientArgs),
     /// Let this host's servers redirect clients to ports of their own.
     Server(DaemonArgs),
-    /// Ask and tell a running daemon: show, counters, drain, add and remove servers, change weights and policies.
+    /// Ask and tell a running daemon: show, counters, drain, add and remove servers, change weights and policies, move
+    /// connections.
     #[command(after_help = ctl::HELP)]
     Ctl(ctl::CtlArgs),
     /// Check configuration files of any role; say what is wrong and in which line.

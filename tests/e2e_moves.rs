@@ -17,8 +17,9 @@ use shunt_lab::Via;
 
 /// How long anything may take that has to happen.
 const PATIENCE: Duration = Duration::from_secs(40);
-/// How long clients are asked.
+/// How long clients are asked where some will not follow, and where all have to, however busy the machine is.
 const ASKED: Duration = Duration::from_secs(3);
+const PATIENTLY: Duration = Duration::from_secs(30);
 
 /// Bytes of a large answer.
 const LARGE: usize = 64 << 20;
@@ -30,11 +31,11 @@ fn pattern(length: usize) -> Vec<u8> {
 
 /// Two servers and the service; `timers` are further keys of the agents.
 fn served(forward: &'static str, timers: &str) -> (Net, Service) {
-    served_with(forward, "[limits]\nmoves = 5", timers)
+    served_with(forward, "[limits]\nmoves = 5", ASKED, timers)
 }
 
 /// The same with `keys` in front of the agents' `[timers]`.
-fn served_with(forward: &'static str, keys: &str, timers: &str) -> (Net, Service) {
+fn served_with(forward: &'static str, keys: &str, asked: Duration, timers: &str) -> (Net, Service) {
     let mut net = Net::new(Options { servers: 2, forward, start: false, ..Options::default() });
     let mut text = net.balancer_config(|_| Some("up"));
     for server in &net.servers {
@@ -46,7 +47,7 @@ fn served_with(forward: &'static str, keys: &str, timers: &str) -> (Net, Service
         let [v4, v6] = net.servers[usize::from(number) - 1].addresses();
         let extra = format!(
             "{keys}\n[timers]\nmove_s = {}\n{timers}\n[status]\nlisten = \"{v4}:9000\"",
-            ASKED.as_secs()
+            asked.as_secs()
         );
         let mut text = net.agent_config(number, &extra);
         if forward == "direct" {
@@ -72,8 +73,8 @@ fn start_proxy(net: &mut Net, boundary: &str, keys: &str) {
     net.shim = Some(net.daemon(&net.client, "client", &config, &extra));
 }
 
-fn proxied(boundary: &str) -> (Net, Service) {
-    let (mut net, service) = served("network", "");
+fn proxied(boundary: &str, asked: Duration) -> (Net, Service) {
+    let (mut net, service) = served_with("network", "[limits]\nmoves = 5", asked, "");
     start_proxy(&mut net, boundary, "");
     (net, service)
 }
@@ -201,7 +202,7 @@ fn diverted(net: &Net) -> usize {
 
 #[test]
 fn o7_o11_busy_and_idle_connections_of_a_kernel_move_to_another_without_loss() {
-    let (net, _service) = proxied("line");
+    let (net, _service) = proxied("line", PATIENTLY);
     let (mut idle, busy) = (at_server(&net, 1, 4), at_server(&net, 1, 4));
     // Connections that nobody moves do not pass the agents.
     let before = counted(&net, "packets");
@@ -261,7 +262,7 @@ fn o7_o11_busy_and_idle_connections_of_a_kernel_move_to_another_without_loss() {
 
 #[test]
 fn hundreds_of_idle_connections_move_in_seconds() {
-    let (mut net, _service) = served_with("network", "", "");
+    let (mut net, _service) = served_with("network", "", PATIENTLY, "");
     start_proxy(&mut net, "line", "");
     let mut talks = at_server(&net, 1, 150);
     let start = Instant::now();
@@ -269,14 +270,14 @@ fn hundreds_of_idle_connections_move_in_seconds() {
     let took = start.elapsed();
     assert_eq!((said.code, &said.outcome()["done"]["moved"]), (0, &json!(300)), "{said:?}\n{}", net.logs());
     println!("300 idle connections, 256 at a time: {took:?}");
-    assert!(took < ASKED * 2, "{took:?}");
+    assert!(took < PATIENTLY, "{took:?}");
     assert!(talks.iter_mut().all(|talk| talk.server() == 2));
     assert_eq!((count(&net, 1), diverted(&net)), (0, 0));
 }
 
 #[test]
 fn connections_move_where_the_agent_sees_all_of_them_anyway() {
-    let (mut net, _service) = served_with("network", "divert = \"all\"", "");
+    let (mut net, _service) = served_with("network", "divert = \"all\"", PATIENTLY, "");
     start_proxy(&mut net, "line", "");
     let mut talks = at_server(&net, 1, 3);
     let said = move_all(&net, &[]);
@@ -287,7 +288,7 @@ fn connections_move_where_the_agent_sees_all_of_them_anyway() {
 /// The old server's segments are as large as the path allows, and leave as super-packets: R goes on others.
 #[test]
 fn w3_a_large_answer_arrives_whole_before_what_the_new_server_says() {
-    let (net, _service) = proxied("line");
+    let (net, _service) = proxied("line", PATIENTLY);
     for family in 0..2 {
         let mut talk = at_server(&net, 1, 1).swap_remove(family);
         talk.writer.write_all(format!("{LARGE}\n").as_bytes()).expect("it is taken");
@@ -313,7 +314,7 @@ fn w3_a_large_answer_arrives_whole_before_what_the_new_server_says() {
 /// Moves by an idle boundary, and what a command can choose.
 #[test]
 fn m8_a_proxy_follows_when_nothing_was_said_for_a_while() {
-    let (net, _service) = proxied("idle:50ms");
+    let (net, _service) = proxied("idle:50ms", ASKED);
     let mut talks = at_server(&net, 1, 3);
     // One client's connections only; and no more than the limit.
     let said = move_all(&net, &["--client", "10.1.0.99"]);
@@ -360,7 +361,7 @@ fn m8_a_proxy_follows_when_nothing_was_said_for_a_while() {
 
 #[test]
 fn m8_without_a_boundary_connections_stay_and_the_command_says_so() {
-    let (net, _service) = proxied("none");
+    let (net, _service) = proxied("none", ASKED);
     let mut talks = at_server(&net, 1, 1);
     let start = Instant::now();
     let to = (OTHER_SERVICE + 2).to_string();
@@ -397,7 +398,7 @@ fn o8_a_client_that_does_not_follow_is_served_on_or_reset_as_configured() {
 
 #[test]
 fn a_drained_service_sends_new_clients_elsewhere_and_asks_those_it_has_to_follow() {
-    let (net, _service) = proxied("line");
+    let (net, _service) = proxied("line", PATIENTLY);
     let mut talks = at_server(&net, 1, 2);
     let to = (OTHER_SERVICE + 2).to_string();
     let said = ctl(&net.servers[0].host, &["drain", "--service", "other", "--to", &to]);
@@ -494,7 +495,7 @@ fn m5_beside_a_clients_kernel_only_later_connects_go_elsewhere() {
 
 #[test]
 fn a_move_is_stopped_and_an_agent_that_ends_leaves_nothing_diverted() {
-    let (mut net, _service) = proxied("none");
+    let (mut net, _service) = proxied("none", PATIENTLY);
     let mut talks = at_server(&net, 1, 1);
     let to = (OTHER_SERVICE + 2).to_string();
     let begin = |net: &Net| {

@@ -18,7 +18,7 @@ use shunt_stack::wire::SeqNumber;
 use crate::config::{Config, Service};
 
 /// Connections that one command asks at the most.
-pub(crate) const MOST_OF_A_COMMAND: usize = 65_536;
+const MOST_OF_A_COMMAND: usize = 65_536;
 /// Changes of what is diverted are put together for so long.
 const GATHER: Duration = Duration::from_millis(20);
 /// After a failure to divert.
