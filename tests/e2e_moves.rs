@@ -276,6 +276,18 @@ fn hundreds_of_idle_connections_move_in_seconds() {
 }
 
 #[test]
+fn o7_at_the_redirect_port_the_balancer_chooses_another() {
+    let (net, _service) = proxied("line", PATIENTLY);
+    let mut talks = at_server(&net, 1, 3);
+    let drained = ctl(&net.balancer, &["drain", "s1"]);
+    assert_eq!(drained.code, 0, "{drained:?}");
+    let said = ctl(&net.servers[0].host, &["move", "--service", "other"]);
+    assert!(said.code == 0 && said.out.contains("other: 6 moved"), "{said:?}\n{}", net.logs());
+    assert!(talks.iter_mut().all(|talk| talk.server() == 2));
+    assert_eq!((count(&net, 1), count(&net, 2)), (0, 6));
+}
+
+#[test]
 fn connections_move_where_the_agent_sees_all_of_them_anyway() {
     let (mut net, _service) = served_with("network", "divert = \"all\"", PATIENTLY, "");
     start_proxy(&mut net, "line", "");
