@@ -344,7 +344,7 @@ impl Balancer {
             confirmed_syn_acks: stats.confirmed.value(),
             unconfirmed_syn_acks: stats.unconfirmed.value(),
             token_loads: stats.loads.value(),
-            token_load: stats.loads.value() > stats.loads_over.value(),
+            token_load: self.tokens.may_demand() && stats.loads.value() > stats.loads_over.value(),
             fragments: stats.fragments.load(Ordering::Relaxed),
             fragments_evicted: stats.fragments_evicted.value(),
             path_mtu_changes: stats.path_mtu_changes.value(),

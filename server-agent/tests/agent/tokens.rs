@@ -146,7 +146,7 @@ fn j8_under_load_tokens_are_demanded_until_it_is_calm() {
         assert!(!gets_in(&network, client_of(vip, 50_002), vip, None));
         assert!(gets_in(&network, client_of(vip, 50_003), vip, Some(showing(Some(token)))));
         // The second in which load was seen, and the calm behind it.
-        std::thread::sleep(shunt_stack::redirect::CALM + Duration::from_millis(1500));
+        std::thread::sleep(shunt_stack::redirect::LOAD_CALM + Duration::from_millis(1500));
         assert!(gets_in(&network, client_of(vip, 50_004), vip, None), "after the load");
     }
     assert!(agent.counters().tokens_missing >= 60, "{:?}", agent.counters());

@@ -15,7 +15,7 @@ use crate::time::Instant;
 /// The time over which SYNs are counted.
 const SECOND: Duration = Duration::from_secs(1);
 /// How long there must be less than half the load before tokens are no longer demanded.
-pub const CALM: Duration = Duration::from_secs(10);
+pub const LOAD_CALM: Duration = Duration::from_secs(10);
 
 /// When SYNs to service ports need a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -107,8 +107,7 @@ impl TokenPolicy {
         if !self.may_demand() || self.trusts(purpose.client) {
             return Ok(());
         }
-        let loaded = gauge.count(now, self.under_load);
-        if self.require == Require::UnderLoad && !loaded {
+        if self.require == Require::UnderLoad && !gauge.count(now, self.under_load) {
             return Ok(());
         }
         let token = token.ok_or(TokenRefusal::Missing)?;
@@ -120,7 +119,7 @@ impl TokenPolicy {
 }
 
 /// How many SYNs come, with hysteresis: loaded as soon as more than the limit have come in a second, and until no more
-/// than half of it have come in every second for [`CALM`].
+/// than half of it have come in every second for [`LOAD_CALM`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Gauge {
     second: Instant,
@@ -137,7 +136,7 @@ impl Gauge {
                 self.busy = self.second + SECOND;
             }
             (self.second, self.count) = (now, 0);
-            self.loaded &= now.since(self.busy) < CALM;
+            self.loaded &= now.since(self.busy) < LOAD_CALM;
         }
         self.count = self.count.saturating_add(1);
         if self.count > limit {
@@ -177,6 +176,12 @@ mod tests {
     fn always_means_that_only_good_tokens_and_trusted_sources_pass() {
         let policy = policy(Require::Always);
         let mut gauge = Gauge::default();
+        // However many come, it is no load that tokens are demanded for.
+        for _ in 0..100 {
+            let refused = policy.admit(&mut gauge, Instant::ZERO, UNIX, &purpose(), None);
+            assert_eq!(refused, Err(TokenRefusal::Missing));
+        }
+        assert!(!gauge.is_loaded());
         let mut admit =
             |purpose: &Purpose, token| policy.admit(&mut gauge, Instant::ZERO, UNIX, purpose, token);
         let token = policy.token(UNIX, &purpose()).unwrap();

@@ -16,7 +16,7 @@ pub use client::{
     Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, OnRedirect, PathId,
     PathState, PlainReason, Prefix, RebindError, VipConfig,
 };
-pub use guard::{CALM, Gauge, Require, TokenPolicy, TokenRefusal};
+pub use guard::{Gauge, LOAD_CALM, Require, TokenPolicy, TokenRefusal};
 pub(crate) use numbers::window_scale;
 pub use numbers::{ConnectionNumbers, NumbersOf, Timestamps};
 pub use reply::{Limiter, can_answer};
