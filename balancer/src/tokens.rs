@@ -60,7 +60,7 @@ impl Balancer {
         let token = packet.tcp().and_then(|tcp| tcp.redirect(self.table.exid).ok().flatten()?.token);
         let before = gauge.is_loaded();
         let unix = self.lives.wall().seconds(now);
-        let admitted = self.tokens.policy.admit(gauge, now, unix, &purpose, token);
+        let admitted = self.tokens.policy.admit(gauge, now, unix, &purpose, None, token);
         if gauge.is_loaded() != before {
             self.stats.load(gauge.is_loaded());
         }

@@ -92,7 +92,8 @@ impl TokenPolicy {
         self.trusted.iter().any(|prefix| prefix.contains(source))
     }
 
-    /// Whether a SYN to a service port passes; `gauge` counts it, `unix` is Unix time in seconds.
+    /// Whether a SYN to a service port passes; `gauge` counts it, `unix` is Unix time in seconds. A token for
+    /// `other_vip` is as good: a server is also reached by an address of its own (§7).
     ///
     /// # Errors
     /// Why not.
@@ -102,6 +103,7 @@ impl TokenPolicy {
         now: Instant,
         unix: u64,
         purpose: &Purpose,
+        other_vip: Option<IpAddr>,
         token: Option<[u8; 8]>,
     ) -> Result<(), TokenRefusal> {
         if !self.may_demand() || self.trusts(purpose.client) {
@@ -111,10 +113,12 @@ impl TokenPolicy {
             return Ok(());
         }
         let token = token.ok_or(TokenRefusal::Missing)?;
-        match &self.keys {
-            Some(keys) => Ok(keys.check(unix, purpose, token)?),
-            None => Err(TokenRefusal::UnknownKey(TokenKeys::number(token))),
-        }
+        let Some(keys) = &self.keys else { return Err(TokenRefusal::UnknownKey(TokenKeys::number(token))) };
+        let checked = keys.check(unix, purpose, token);
+        Ok(match (checked, other_vip) {
+            (Err(TokenError::Mismatch), Some(vip)) => keys.check(unix, &Purpose { vip, ..*purpose }, token),
+            (checked, _) => checked,
+        }?)
     }
 }
 
@@ -178,12 +182,12 @@ mod tests {
         let mut gauge = Gauge::default();
         // However many come, it is no load that tokens are demanded for.
         for _ in 0..100 {
-            let refused = policy.admit(&mut gauge, Instant::ZERO, UNIX, &purpose(), None);
+            let refused = policy.admit(&mut gauge, Instant::ZERO, UNIX, &purpose(), None, None);
             assert_eq!(refused, Err(TokenRefusal::Missing));
         }
         assert!(!gauge.is_loaded());
         let mut admit =
-            |purpose: &Purpose, token| policy.admit(&mut gauge, Instant::ZERO, UNIX, purpose, token);
+            |purpose: &Purpose, token| policy.admit(&mut gauge, Instant::ZERO, UNIX, purpose, None, token);
         let token = policy.token(UNIX, &purpose()).unwrap();
         assert_eq!(admit(&purpose(), Some(token)), Ok(()));
         assert_eq!(admit(&purpose(), None), Err(TokenRefusal::Missing));
@@ -197,7 +201,7 @@ mod tests {
         assert_eq!(admit(&trusted, None), Ok(()));
         let keyless = TokenPolicy { keys: None, ..policy.clone() };
         assert_eq!(keyless.token(UNIX, &purpose()), None);
-        let refused = keyless.admit(&mut gauge, Instant::ZERO, UNIX, &purpose(), Some(token));
+        let refused = keyless.admit(&mut gauge, Instant::ZERO, UNIX, &purpose(), None, Some(token));
         assert_eq!(refused, Err(TokenRefusal::UnknownKey(1)));
     }
 
@@ -205,7 +209,8 @@ mod tests {
     fn never_means_that_nothing_is_looked_at() {
         let mut gauge = Gauge::default();
         for token in [None, Some([0; 8])] {
-            let admitted = policy(Require::Never).admit(&mut gauge, Instant::ZERO, UNIX, &purpose(), token);
+            let admitted =
+                policy(Require::Never).admit(&mut gauge, Instant::ZERO, UNIX, &purpose(), None, token);
             assert_eq!(admitted, Ok(()));
         }
     }
@@ -216,7 +221,7 @@ mod tests {
         let mut gauge = Gauge::default();
         let mut syns = |millis: u64, count: usize| {
             let now = Instant::from_millis(millis);
-            let admit = |_| policy.admit(&mut gauge, now, UNIX, &purpose(), None).is_ok();
+            let admit = |_| policy.admit(&mut gauge, now, UNIX, &purpose(), None, None).is_ok();
             (0..count).map(admit).filter(|passed| *passed).count()
         };
         assert_eq!(syns(0, 10), 10);

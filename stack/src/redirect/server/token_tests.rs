@@ -228,6 +228,29 @@ fn o7_a_redirect_in_the_middle_carries_a_token_for_where_it_leads() {
 }
 
 #[test]
+fn o24_a_redirect_to_a_servers_own_address_carries_a_token_that_it_takes() {
+    for (client, own, vip) in ends() {
+        let mut from = server(own, vip, Require::Always);
+        let text = if own.is_ipv4() { "10.0.0.12" } else { "fd00::12" };
+        let to = SocketAddr::new(text.parse().unwrap(), Y);
+        from.redirect_connection(NOW, client, SocketAddr::new(own, Y), to, None).unwrap();
+        let bare = Segment::bare(SocketAddr::new(own, Y), client, TcpFlags::ACK);
+        let mut packet = Segment { seq: SeqNumber(9), ack: SeqNumber(8), ..bare }.emit();
+        assert_eq!(from.handle_local(NOW, &mut packet), Action::Pass);
+        let option = option_of(&packet);
+        assert_eq!((option.address, option.port), (Some(to.ip()), Some(Y)));
+        let mut there = server(to.ip(), vip, Require::Always);
+        let arrives =
+            |server: &mut Server, token| remote(server, NOW, syn(client, to, Some(at_service(token))));
+        assert_eq!(arrives(&mut there, option.token), Action::Pass);
+        // As is one of whoever comes by the balancer, and none for another server's address.
+        assert_eq!(arrives(&mut there, Some(good(client, vip))), Action::Pass);
+        let elsewhere = keys().make(UNIX, &purpose(client, own, Y));
+        assert_eq!(arrives(&mut there, Some(elsewhere)), Action::Drop);
+    }
+}
+
+#[test]
 fn a_fragment_of_a_syn_counts_as_one_without_a_token() {
     let [(client, own, vip), _] = ends();
     let whole = syn(client, SocketAddr::new(own, Y), Some(at_service(Some(good(client, vip)))));

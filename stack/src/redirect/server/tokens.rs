@@ -52,7 +52,8 @@ impl Server {
     ) -> bool {
         let purpose = self.purpose(client, service, service.service_port);
         let (unix, before) = (self.clock.seconds(now), self.gauge.is_loaded());
-        let admitted = self.tokens.admit(&mut self.gauge, now, unix, &purpose, token);
+        let own = Some(service.address).filter(|own| *own != purpose.vip);
+        let admitted = self.tokens.admit(&mut self.gauge, now, unix, &purpose, own, token);
         let demanded = self.gauge.is_loaded();
         if demanded != before {
             self.report(ServerEvent::Load { demanded });
