@@ -439,11 +439,12 @@ fn j6_o24_connections_move_to_a_servers_own_address_past_the_balancer() {
     net.middle.route("fd00:3::/64", Via::gateway("fd00:2::2")).expect("a route");
     start_proxy(&mut net, "line", "accept_prefixes = [\"10.3.0.12\", \"fd00:3::/64\"]");
     let mut talks = at_server(&net, 1, 2);
-    let ask = |address: &str| {
-        let to = format!("{address}:{}", OTHER_SERVICE + 2);
+    let ask_for = |address: &str, number: u16| {
+        let to = format!("{address}:{}", OTHER_SERVICE + number);
         let said = ctl(&net.servers[0].host, &["move", "--service", "other", "--to", &to, "--json"]);
         (said.code, said.outcome()["done"].clone())
     };
+    let ask = |address: &str| ask_for(address, 2);
     // Not accepted.
     let (code, done) = ask("10.3.0.99");
     assert_eq!((code, &done["moved"], &done["timed_out"]), (1, &json!(0), &json!(2)), "{done}");
@@ -451,6 +452,14 @@ fn j6_o24_connections_move_to_a_servers_own_address_past_the_balancer() {
     let before = counters();
     assert!(talks.iter_mut().all(|talk| talk.server() == 1));
     assert_ne!(counters(), before);
+
+    // The address of the server that was selected.
+    let (code, done) = ask_for("[fd00:3::11]", 1);
+    assert_eq!((code, &done["moved"]), (0, &json!(2)), "{done}\n{}", net.logs());
+    wait_for("the end of the old connections", &net, || count(&net, 1) == 4);
+    let before = counters();
+    assert!(talks[2..].iter_mut().all(|talk| talk.say(50).iter().all(|server| *server == 1)));
+    assert_eq!(counters(), before, "the balancer sees more of them");
 
     for address in ["10.3.0.12", "[fd00:3::12]"] {
         let (code, done) = ask(address);
