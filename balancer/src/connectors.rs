@@ -108,6 +108,16 @@ pub(crate) fn without_the_missing(mut unfit: Unfit, devices: &Devices, tunnels: 
 }
 
 impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
+    /// What is to be said of the link or route to a server, if it needs one of its own.
+    pub(crate) fn way_to(&self, server: &Server) -> Option<&'static str> {
+        let mut ends = server.ends.iter();
+        match (server.ends.is_empty(), ends.any(|end| self.hops.contains_key(end))) {
+            (true, _) => self.connectors.describe(server),
+            (false, true) => Some("there"),
+            (false, false) => Some("missing"),
+        }
+    }
+
     /// Lets tunnels follow the host's routes, `gue` mode.
     pub(crate) async fn look_for_routes(&mut self) {
         if self.config.forward != ForwardMode::Gue {

@@ -2,14 +2,15 @@
 //!
 //! [`select`] holds the policies, [`limit`] token buckets.
 //! [`table`] is what a [`Config`] means for packets, [`route`] decides, [`forward`] rewrites, [`stats`] counts,
-//! [`driver`] carries packets between the host and these. No connection is remembered anywhere; [`fragments`] is the only
-//! memory.
+//! [`driver`] carries packets between the host and these. No connection is remembered anywhere; [`fragments`] and what
+//! fits into a [`tunnel`] are the only memory.
 //!
-//! [`control`] is what can be asked and changed while it runs, [`health`] which servers take new connections.
+//! [`control`] is what can be asked and changed while it runs, [`health`] which servers take new connections,
+//! `connectors` follows the links to them.
 //!
 //! In `network` mode answers have to come back through this host, and only those from service ports and redirect
 //! ports, and of protocols without ports that go to servers by configuration, get the VIP as source again: for all
-//! else a default server is of use in `direct` mode only.
+//! else a default server is of use in the other modes only.
 
 mod answer;
 pub mod config;

@@ -54,9 +54,14 @@ pub(crate) async fn look(config: &Config) -> Result<Hops, HostError> {
             Err(error) => return Err(error),
         };
         let Some(source) = hop.source else { continue };
-        let mtu = match links.get(&hop.index) {
-            Some(mtu) => *mtu,
-            None => *links.entry(hop.index).or_insert(query::link_mtu(&hop.interface).await?),
+        let mtu = match (links.get(&hop.index), &hop.interface) {
+            (Some(mtu), _) => *mtu,
+            (None, link) => match query::link_mtu(link).await {
+                Ok(mtu) => *links.entry(hop.index).or_insert(mtu),
+                // It has gone in this moment.
+                Err(HostError::NoInterface(_)) => continue,
+                Err(error) => return Err(error),
+            },
         };
         hops.insert(end, Hop { source, mtu });
     }

@@ -237,7 +237,6 @@ impl Agent<'_> {
                     self.advance_moves(&device).await;
                     self.flush(&device).await;
                 }
-                packet = tunnelled => self.handle_tunnelled(&device, packet).await,
                 received = device.recv(&mut buffer) => {
                     let offload = received
                         .map_err(|error| Error::Read { name: device.name().to_owned(), error })?;
@@ -250,6 +249,8 @@ impl Agent<'_> {
                         }
                     }
                 }
+                // Last: bulk comes here, and handshakes above must not wait for it.
+                packet = tunnelled => self.handle_tunnelled(&device, packet).await,
             }
         }
         self.publish();

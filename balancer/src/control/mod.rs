@@ -178,7 +178,12 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
                 reply.end(told.map(|()| json!({ "changed": true })));
             }
             Request::Reload {} => reply.end(self.reload().await.map(|()| json!({ "changed": true }))),
-            _ => reply.done(show::show(&self.config, &self.monitor, &self.connectors, &self.snapshot())),
+            _ => reply.done(show::show(
+                &self.config,
+                &self.monitor,
+                |server| self.way_to(server),
+                &self.snapshot(),
+            )),
         }
     }
 

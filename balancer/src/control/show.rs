@@ -6,8 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::Serialize;
 
 use crate::config::ports::Ports;
-use crate::config::{AnswerBy, Check, Config, ForwardMode, Legacy, PolicyName, State};
-use crate::connectors::Connectors;
+use crate::config::{AnswerBy, Check, Config, ForwardMode, Legacy, PolicyName, Server, State};
 use crate::health::{self, CheckReport, Monitor};
 use crate::stats::{ServerSnapshot, Snapshot};
 
@@ -42,7 +41,7 @@ struct ServerShow<'a> {
     addresses: &'a [IpAddr],
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<&'a str>,
-    /// `there`, `missing`, or `unresolved` where nobody answers for the next hop.
+    /// The link or route to it: `there`, `missing`, or `unresolved` where nobody answers for the next hop.
     #[serde(skip_serializing_if = "Option::is_none")]
     link: Option<&'static str>,
     state: State,
@@ -61,7 +60,7 @@ struct ServerShow<'a> {
 pub(super) fn show<'a>(
     config: &'a Config,
     monitor: &Monitor,
-    connectors: &Connectors,
+    way: impl Fn(&Server) -> Option<&'static str>,
     counters: &Snapshot,
 ) -> Show<'a> {
     let servers: Vec<ServerShow<'a>> = config
@@ -81,7 +80,7 @@ pub(super) fn show<'a>(
                 name: &server.name,
                 addresses: if server.ends.is_empty() { &server.addresses } else { &server.ends },
                 device: server.device.as_deref(),
-                link: connectors.describe(server),
+                link: way(server),
                 state: server.state,
                 health,
                 weight: server.weight,
