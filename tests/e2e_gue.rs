@@ -3,6 +3,7 @@
 mod common;
 
 use std::net::UdpSocket;
+use std::process::Command;
 use std::time::Duration;
 
 use common::{Family, Narrow, Net, Options, Way, kernel_counter};
@@ -70,6 +71,45 @@ fn i3_a_narrow_link_far_behind_the_balancer_stops_no_upload() {
     println!("{changes} path MTUs were learnt, {} packets answered", counts.decided("too_big"));
     assert!((2..=4).contains(&changes), "{counts:?}");
     assert!(counts.decided("too_big") > 1, "{counts:?}");
+}
+
+/// `add` or `del`: no way leads from the balancer to the second server.
+fn unreachable(net: &Net, what: &str) {
+    for (family, address) in [("-4", "10.3.0.12/32"), ("-6", "fd00:3::12/128")] {
+        let mut command = Command::new("ip");
+        command.args([family, "route", what, "unreachable", address]);
+        let output = net.balancer.run_within(&mut command, Duration::from_secs(10)).expect("ip is installed");
+        assert!(output.status.success(), "{output:?}");
+    }
+}
+
+#[test]
+fn gue_servers_are_used_while_a_route_leads_to_them() {
+    let mut net = Net::new(Options { forward: "gue", servers: 2, start: false, ..Options::default() });
+    unreachable(&net, "add");
+    net.start_balancer();
+    net.start_agent(1);
+    net.start_agent(2);
+    net.start_nginx();
+    net.start_shim("auto");
+    let met = |net: &Net| -> usize {
+        let all = Family::BOTH.map(|family| {
+            let tally = net.connections(family, 16, 2);
+            assert!(tally.broken.is_empty() && tally.redirected == 16, "{tally:?}\n{}", net.logs());
+            tally.servers.len()
+        });
+        assert_eq!(all[0], all[1]);
+        all[0]
+    };
+    assert_eq!(met(&net), 1);
+    unreachable(&net, "del");
+    net.wait_for_balancer("a route leads to this server", 2);
+    assert_eq!(met(&net), 2);
+    unreachable(&net, "add");
+    net.wait_for_balancer("no route leads to this server any more", 2);
+    assert_eq!(met(&net), 1);
+    net.stop_shim();
+    net.stop_balancer_and_count();
 }
 
 #[test]

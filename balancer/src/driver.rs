@@ -30,6 +30,8 @@ use crate::{Balancer, DropReason, LoadError, Memory, Output, SelectKey, Snapshot
 
 /// How often counters are logged, at level debug.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the routes to servers are looked up, in `gue` mode.
+const ROUTES_INTERVAL: Duration = Duration::from_secs(5);
 /// The most packets for which the time is told once.
 const BATCH: u32 = 64;
 /// The host session's name.
@@ -407,6 +409,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         let mut interval = tokio::time::interval(LOG_INTERVAL);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         interval.tick().await;
+        let mut routes = tokio::time::interval(ROUTES_INTERVAL);
+        routes.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 // Signals that come meanwhile are one more reload, of the file as it is then.
@@ -414,10 +418,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
                 call = self.server.next() => self.call(call).await,
                 changed = self.monitor.changed() => self.health_changed(&changed).await,
                 news = self.connectors.news() => self.links_changed(news).await,
-                _ = interval.tick() => {
-                    self.log_counters();
-                    self.look_for_routes().await;
-                }
+                _ = interval.tick() => self.log_counters(),
+                _ = routes.tick() => self.look_for_routes().await,
             }
         }
     }
