@@ -1,7 +1,7 @@
 //! `gue` mode: packets go to a server's real address inside UDP datagrams, through any routed network, and answers straight
 //! to the client. What does not fit is answered (`I3`).
 //!
-//! [`Tunnels`] is what the host's routes mean for the servers of a configuration; [`PathMtus`] is what routers on the way
+//! [`Tunnels`] is what the host's routes mean for the servers of a configuration; `PathMtus` is what routers on the way
 //! have said, which a driver keeps beside the fragments.
 
 use std::collections::{BTreeMap, HashMap};
