@@ -8,7 +8,7 @@ use super::connection::{ConnectionId, Key, Phase};
 use super::connections::Connections;
 use super::error::{ConnectionError, EndpointError};
 use super::machine::Machine;
-use crate::redirect::ServicePorts;
+use crate::redirect::{ServicePorts, can_answer};
 use crate::time::Instant;
 use crate::wire::{IcmpView, Packet, SeqNumber, TcpFlags, Version};
 
@@ -117,7 +117,7 @@ impl Connections {
     }
 
     fn open_half(&mut self, now: Instant, key: Key, listener: SocketAddr, packet: &Packet) {
-        let usable = key.peer.port() != 0 && !key.peer.ip().is_multicast() && !key.peer.ip().is_unspecified();
+        let usable = key.peer.port() != 0 && can_answer(key.peer.ip());
         if self.listeners.is_full(listener) || self.check_room().is_err() || !usable {
             self.counters.syns_dropped += 1;
             return;

@@ -19,7 +19,7 @@ use super::moves::{Moving, Stream};
 use super::options::{ClientOptions, EndpointCounters, ServerOptions};
 use super::phy::Pool;
 use super::ports::Ports;
-use crate::redirect::{Action, Client, PathId, Server, ServicePorts, Towards};
+use crate::redirect::{Action, Client, PathId, Server, ServicePorts, Towards, can_answer};
 use crate::time::{Instant, WallClock};
 use crate::wire::{Offload, Packet};
 
@@ -199,7 +199,8 @@ impl Connections {
                 return;
             }
         };
-        if packet.fragment().is_some() {
+        // What is for a group of hosts is no TCP's (RFC 9293, MUST-57).
+        if packet.fragment().is_some() || !can_answer(packet.destination()) {
             self.counters.other_packets += 1;
         } else if !packet.checksum_ok() {
             self.counters.bad_checksums += 1;
@@ -272,7 +273,7 @@ impl Connections {
     /// # Errors
     /// No own address or port for it, or too many connections.
     pub fn connect(&mut self, now: Instant, peer: SocketAddr) -> Result<ConnectionId, EndpointError> {
-        if peer.port() == 0 || peer.ip().is_unspecified() || peer.ip().is_multicast() {
+        if peer.port() == 0 || !can_answer(peer.ip()) {
             return Err(EndpointError::Unusable(peer));
         }
         if self.ports.is_none() {

@@ -1,5 +1,7 @@
 //! The sans-IO core, segment by segment.
 
+mod standard;
+
 use std::net::SocketAddr;
 use std::task::{Poll, Waker};
 use std::time::Duration;
