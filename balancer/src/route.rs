@@ -163,7 +163,7 @@ pub enum DropReason {
     /// The link of the chosen server is not there, or no route leads to it.
     #[error("no way leads to server {0}")]
     NoConnector(ServerId),
-    /// §10: a SYN to a service port without the token that is demanded.
+    /// `T4`: a SYN to a service port without the token that is demanded.
     #[error("not let in: {0}")]
     Token(TokenRefusal),
     /// The chosen server has no address of the packet's family.

@@ -1,4 +1,5 @@
-//! §10 at the balancer: tokens in its own answers (`B1`), and the demand for them on SYNs to service ports (`B2`).
+//! §10 at the balancer: tokens in its own answers (`B1`, `T2`), and the demand for them on SYNs to service ports (`B2`,
+//! `T4`).
 //!
 //! Where a packet goes does not depend on it (`B6`); whether a SYN passes does. The only memory is a driver's: how many
 //! such SYNs came lately.

@@ -31,7 +31,7 @@ impl Announcement {
         Announcement { option, known, row: 0, next: now }
     }
 
-    /// Says this token from now on (§10).
+    /// Says this token from now on (`T2`).
     pub(crate) fn set_token(&mut self, token: Option<[u8; 8]>) {
         self.option.token = token;
     }

@@ -1,5 +1,5 @@
-//! Who may open a connection at a service port (PROTOCOL.md §10): whether a token is demanded, and whether one is good.
-//! Servers' agents and balancers ask alike.
+//! Who may open a connection at a service port (PROTOCOL.md §10, `T4`): whether a token is demanded, and whether one is
+//! good. Servers' agents and balancers ask alike.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -122,8 +122,8 @@ impl TokenPolicy {
     }
 }
 
-/// How many SYNs come, with hysteresis: loaded as soon as more than the limit have come in a second, and until no more
-/// than half of it have come in every second for [`LOAD_CALM`].
+/// How many SYNs come, with hysteresis (`T5`): loaded as soon as more than the limit have come in a second, and until no
+/// more than half of it have come in every second for [`LOAD_CALM`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Gauge {
     second: Instant,

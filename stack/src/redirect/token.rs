@@ -1,4 +1,4 @@
-//! Tokens (PROTOCOL.md §10): proof to a server that a client was sent to its service port, and not long ago.
+//! Tokens (PROTOCOL.md §10, `T1`): proof to a server that a client was sent to its service port, and not long ago.
 //!
 //! A token is eight bytes: the number of the key and of the 32-second slot it was made in, and 56 bits of a keyed hash
 //! over what it is good for. It is bound to the client's address, not to its port or any sequence number: a client that
@@ -61,8 +61,8 @@ pub struct KeysError {
 
 /// The secret keys of a deployment: the same at everybody who makes or checks tokens.
 ///
-/// Rotation without a gap: add the new key below the old one everywhere, then move it to the first line everywhere,
-/// then, a minute later, remove the old one.
+/// Rotation without a gap (`T6`): add the new key below the old one everywhere, then move it to the first line
+/// everywhere, then, a minute later, remove the old one.
 #[derive(Clone, PartialEq, Eq)]
 pub struct TokenKeys {
     /// The one that makes tokens.

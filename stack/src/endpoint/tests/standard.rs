@@ -250,9 +250,9 @@ fn must_66_a_reset_counts_although_the_window_is_closed() {
     let chunk = [7; 1000];
     for _ in 0..10_000 {
         let answer = input(&mut server, Instant::ZERO, &on_connection(TcpFlags::ACK, stands, &[], &chunk));
-        let Some(ack) = answer.iter().map(|packet| packet.tcp().unwrap().ack()).last() else { continue };
-        let closed = answer.last().unwrap().tcp().unwrap().window() == 0;
-        stands.1 = ack;
+        let Some(last) = answer.last().map(|packet| packet.tcp().unwrap()) else { continue };
+        let closed = last.window() == 0;
+        stands.1 = last.ack();
         if closed {
             input(&mut server, Instant::ZERO, &on_connection(TcpFlags::RST, stands, &[], &[]));
             let mut read = || server.poll_read(id, &mut [0; 4096], Waker::noop());

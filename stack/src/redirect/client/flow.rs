@@ -48,7 +48,7 @@ pub(super) struct Coming {
     pub(super) from: u16,
     /// The port that the program asked for when the stream began.
     pub(super) origin: u16,
-    /// The token that the old server gave for where it goes (§10).
+    /// The token that the old server gave for where it goes (`T3`).
     pub(super) token: Option<[u8; 8]>,
 }
 
@@ -61,7 +61,7 @@ pub(super) struct Live {
     pub(super) origin: u16,
     /// A redirect that the driver was told of: it is obeyed once (§4).
     pub(super) asked: Option<SocketAddr>,
-    /// The token given with it (§10).
+    /// The token given with it (`T3`).
     pub(super) token: Option<[u8; 8]>,
     /// That move has failed: another target may be asked for.
     pub(super) failed: bool,
@@ -119,7 +119,7 @@ pub(super) struct Attempt {
     pub(super) moved_from: Option<u16>,
     /// The port that the program asked for when the stream began.
     pub(super) origin: u16,
-    /// The token given for the port that SYNs go to now; none is ever made up (§10).
+    /// The token given for the port that SYNs go to now; none is ever made up (`T3`).
     pub(super) token: Option<[u8; 8]>,
     pub(super) phase: Phase,
 }

@@ -1,4 +1,4 @@
-//! §10: tokens on redirects, and the demand for them on SYNs to service ports.
+//! §10: tokens on redirects (`T2`), and the demand for them on SYNs to service ports (`T4`).
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
