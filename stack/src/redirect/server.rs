@@ -13,6 +13,8 @@ mod answer;
 mod config;
 mod half_open;
 #[cfg(test)]
+mod model_tests;
+#[cfg(test)]
 mod move_tests;
 mod rebind;
 mod redirection;

@@ -3,6 +3,7 @@
 mod handover;
 mod handshake;
 mod memory;
+mod model;
 mod moves;
 mod tokens;
 
