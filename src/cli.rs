@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::{ctl, demo, doctor};
+use crate::{ctl, demo, doctor, replay};
 
 /// A stateless TCP load balancer by port redirection.
 ///
@@ -41,6 +41,10 @@ pub(crate) enum Command {
     /// Look for what on this host stands in the way: settings, firewall rules, marks, routes, listeners; say how to mend it.
     #[command(after_help = doctor::HELP)]
     Doctor(doctor::DoctorArgs),
+    /// Put a capture through the code of a balancer, client or server, in the capture's own time: what would be decided
+    /// about each packet, and why.
+    #[command(after_help = replay::HELP)]
+    Replay(replay::ReplayArgs),
     /// Show it at work: clients, a balancer and four servers in namespaces of this machine, real packets, real TCP.
     Demo(demo::DemoOptions),
     /// The demo's web server.

@@ -6,6 +6,7 @@ mod ctl;
 mod daemon;
 mod demo;
 mod doctor;
+mod replay;
 
 use std::process::ExitCode;
 
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => return check::run(&arguments),
         Command::Doctor(arguments) => return doctor::run(&arguments),
         Command::Ctl(arguments) => return ctl::run(&arguments),
+        Command::Replay(arguments) => return replay::run(&arguments),
         Command::Demo(options) => demo::run(&options),
         Command::DemoServer(arguments) => demo::serve(arguments),
         Command::DemoClient(arguments) => demo::load(&arguments),

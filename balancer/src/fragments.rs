@@ -190,8 +190,11 @@ impl Balancer {
         self.carry_out(route, packet)
     }
 
-    /// What [`handle`](Self::handle) does with a packet, before it does it.
-    pub(crate) fn decide(&self, memory: &mut Memory, now: Instant, packet: &Packet) -> Verdict {
+    /// What [`handle`](Self::handle) does with a packet, before it does it; [`carry_out`](Self::carry_out) is the rest.
+    ///
+    /// # Errors
+    /// Why the packet is dropped; it has not been counted.
+    pub fn decide(&self, memory: &mut Memory, now: Instant, packet: &Packet) -> Result<Route, DropReason> {
         // Before limits: what is not let in shall take nothing from those that are.
         self.guard(&mut memory.gauge, now, packet).map_err(DropReason::Token)?;
         let verdict = self.verdict(&mut memory.fragments, now, packet);

@@ -225,7 +225,10 @@ impl Balancer {
     }
 
     /// Counts a route and does as it says.
-    pub(crate) fn carry_out(
+    ///
+    /// # Errors
+    /// Why the packet is dropped; it has been counted.
+    pub fn carry_out(
         &self,
         route: Result<Route, DropReason>,
         packet: &mut Packet,

@@ -13,6 +13,7 @@ use crate::Balancer;
 use crate::connections::ConnectionsSnapshot;
 use crate::limit::Limit;
 use crate::route::{Decision, DropReason, Route, Way};
+use crate::table::ServerId;
 
 const WAYS: [(Way, &str); 18] = [
     (Way::Selected, "selected"),
@@ -90,6 +91,20 @@ fn reason_index(reason: DropReason) -> usize {
         DropReason::Token(TokenRefusal::Mismatch) => 22,
         DropReason::TooBig(_) => 23,
         DropReason::Tunnel(_) => 24,
+    }
+}
+
+impl Route {
+    /// The name under which packets that go this way are counted.
+    pub fn name(self) -> &'static str {
+        WAYS[self.way() as usize].1
+    }
+}
+
+impl DropReason {
+    /// The name under which packets that go nowhere for this reason are counted.
+    pub fn name(self) -> &'static str {
+        REASONS[reason_index(self)]
     }
 }
 
@@ -328,6 +343,11 @@ impl Balancer {
                 self.stats.malformed_options.add(1);
             }
         }
+    }
+
+    /// A server's name.
+    pub fn server_name(&self, server: ServerId) -> Option<&str> {
+        self.table.targets.get(server.index()).map(|target| target.name.as_str())
     }
 
     /// The counters now.

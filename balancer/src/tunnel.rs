@@ -5,7 +5,7 @@
 //! have said, which a driver keeps beside the fragments.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
@@ -105,6 +105,18 @@ impl Tunnels {
         let ways: Box<[_]> = config.servers.iter().map(|server| of_server(&server.ends)).collect();
         let ends = ways.iter().flatten().flatten().map(|way| (way.end, *way)).collect();
         Some(Tunnels { ways, ends, port: config.gue_port, identification: AtomicU16::new(0) })
+    }
+
+    /// The same, as if every server were reached by a link of this MTU from no address in particular: for looking at
+    /// decisions away from the host.
+    pub fn assumed(config: &Config, mtu: u32) -> Option<Tunnels> {
+        let unspecified = |end: &IpAddr| match end {
+            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::from(Ipv6Addr::UNSPECIFIED),
+        };
+        let ends = config.servers.iter().flat_map(|server| &server.ends);
+        let hops = ends.map(|end| (*end, Hop { source: unspecified(end), mtu })).collect();
+        Tunnels::new(config, &hops)
     }
 
     /// How many servers there are.

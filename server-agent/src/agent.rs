@@ -125,21 +125,7 @@ fn machine(config: &Config, facts: &Facts, clock: Clock) -> Result<ServerConfig,
     let mut isn_key = [0; 16];
     let random = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut isn_key));
     random.map_err(Error::Random)?;
-    Ok(ServerConfig {
-        exid: config.host.exid,
-        services: config.service_ports(),
-        isn_key,
-        half_open_limit: config.half_open_limit,
-        half_open_lifetime: config.half_open_lifetime,
-        mtu: facts.mtu as usize,
-        max_hops: config.max_hops,
-        redirect_timeout: config.move_timeout,
-        on_silence: config.move_silence,
-        tokens: config.tokens.clone(),
-        shared: config.shared.clone(),
-        clock: clock.wall(),
-        ..ServerConfig::default()
-    })
+    Ok(config.machine(facts.mtu as usize, isn_key, clock.wall()))
 }
 
 fn ticks(config: &Config) -> Interval {

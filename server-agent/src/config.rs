@@ -14,7 +14,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use shunt_host::control::ControlOptions;
 use shunt_host::{ConfigError, HostOptions, Source};
-use shunt_stack::redirect::{ServicePorts, Silence, TokenPolicy};
+use shunt_stack::redirect::{ServerConfig, ServicePorts, Silence, TokenPolicy};
+use shunt_stack::time::WallClock;
 
 pub use decapsulate::Decapsulate;
 
@@ -115,6 +116,25 @@ impl Config {
             .iter()
             .flat_map(|address| self.services.iter().map(move |service| at(address, service)))
             .collect()
+    }
+
+    /// What the protocol machine is told; `mtu` is that of the way to clients, `isn_key` a secret.
+    pub fn machine(&self, mtu: usize, isn_key: [u8; 16], clock: WallClock) -> ServerConfig {
+        ServerConfig {
+            exid: self.host.exid,
+            services: self.service_ports(),
+            isn_key,
+            half_open_limit: self.half_open_limit,
+            half_open_lifetime: self.half_open_lifetime,
+            mtu,
+            max_hops: self.max_hops,
+            redirect_timeout: self.move_timeout,
+            on_silence: self.move_silence,
+            tokens: self.tokens.clone(),
+            shared: self.shared.clone(),
+            clock,
+            ..ServerConfig::default()
+        }
     }
 
     /// The sockets that programs must listen on (`S6`), with their services' names.
