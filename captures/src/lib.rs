@@ -8,6 +8,7 @@ pub mod describe;
 mod diff;
 mod explain;
 mod frame;
+pub mod golden;
 mod ladder;
 mod learn;
 mod link;
