@@ -171,6 +171,20 @@ impl Connections {
         self.keys.is_empty()
     }
 
+    /// Whether packets of the connection between these sockets may still come, TIME-WAIT included: what a kernel tells of
+    /// its sockets.
+    pub fn contains(&self, local: SocketAddr, peer: SocketAddr) -> bool {
+        self.keys.contains_key(&Key { local, peer })
+    }
+
+    /// Whether nothing is left of any connection: no packet is expected, no program holds one, no stream moves, and every
+    /// own port is free.
+    pub fn is_drained(&self) -> bool {
+        let ports = self.ports.as_ref().map_or(0, Ports::in_use);
+        let held = self.keys.len() + self.connections.len() + self.streams.len() + self.timers.len() + ports;
+        held + self.listeners.half_open_ids().count() + self.move_timers.len() == 0
+    }
+
     /// Whether all that programs wrote and closed has reached the peers: nothing is left but TIME-WAIT and connections
     /// that a program still holds.
     pub fn is_settled(&self) -> bool {

@@ -39,6 +39,11 @@ impl Ports {
         self.range.contains(&local.port()) && self.used.insert((local, vip))
     }
 
+    /// How many are in use.
+    pub(super) fn in_use(&self) -> usize {
+        self.used.len()
+    }
+
     /// Gives a port back.
     pub(super) fn release(&mut self, local: SocketAddr, vip: IpAddr) {
         self.used.remove(&(local, vip));
