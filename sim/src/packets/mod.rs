@@ -30,4 +30,4 @@ pub use plan::{
     ClientPlan, Deed, End, Exchange, FlowPlan, Forward, Kind, Middlebox, NatPlan, Options, Plan, Scenario,
     ServerPlan,
 };
-pub use report::{Failure, Summary, capture_folder, run};
+pub use report::{Failure, Summary, capture_folder, plan, run};

@@ -111,11 +111,14 @@ impl Boxed {
             Middlebox::Strip => {
                 packet.strip_redirect(DEFAULT_EXID);
             }
-            Middlebox::Echo => {
-                if let Some(option) = option.filter(|_| syn && self.options.len() < MAX_MAPPINGS) {
+            // That of the latest SYN.
+            Middlebox::Echo if syn => {
+                self.options.remove(&ends);
+                if let Some(option) = option.filter(|_| self.options.len() < MAX_MAPPINGS) {
                     self.options.insert(ends, option);
                 }
             }
+            Middlebox::Echo => {}
             Middlebox::DropSyns => return !syn || option.is_none(),
             Middlebox::DropAll => return option.is_none(),
             Middlebox::Resequence => {

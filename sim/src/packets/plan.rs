@@ -10,6 +10,11 @@ use shunt_stack::time::Instant;
 
 use super::link::Quality;
 
+/// What has no form of its own in JSON is told as the code has it.
+fn words<T: std::fmt::Debug, S: serde::Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{value:?}"))
+}
+
 /// What goes wrong in a world.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -144,16 +149,16 @@ pub struct ClientPlan {
     /// Whether it speaks IPv4.
     pub v4: bool,
     /// How its connections continue.
-    #[serde(skip)]
+    #[serde(serialize_with = "words")]
     pub continuation: Continuation,
     /// What it does when a server asks it to go elsewhere.
-    #[serde(skip)]
+    #[serde(serialize_with = "words")]
     pub on_redirect: OnRedirect,
     /// Where its streams may be cut.
-    #[serde(skip)]
+    #[serde(serialize_with = "words")]
     pub move_at: MoveAt,
     /// How its old parts are closed.
-    #[serde(skip)]
+    #[serde(serialize_with = "words")]
     pub close_by: CloseBy,
     /// Bytes of each buffer.
     pub buffer: usize,
@@ -262,7 +267,7 @@ pub struct FlowPlan {
     /// Whose.
     pub client: usize,
     /// When it connects.
-    #[serde(skip)]
+    #[serde(serialize_with = "words")]
     pub start: Instant,
     /// What it asks.
     pub exchanges: Vec<Exchange>,
@@ -344,6 +349,6 @@ pub struct Plan {
     /// The streams.
     pub flows: Vec<FlowPlan>,
     /// What is done, and when.
-    #[serde(skip)]
+    #[serde(serialize_with = "words")]
     pub deeds: Vec<(Instant, Deed)>,
 }

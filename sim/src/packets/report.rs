@@ -10,7 +10,7 @@ use shunt_stack::device::Capture;
 
 use super::check::Violation;
 use super::draw::draw;
-use super::plan::{Options, Scenario};
+use super::plan::{Options, Plan, Scenario};
 use super::world::World;
 
 /// What happened in a world in which nothing went wrong that must not.
@@ -86,6 +86,11 @@ impl std::error::Error for Failure {}
 /// Where captures of failures go unless told otherwise.
 pub fn capture_folder() -> PathBuf {
     std::env::var_os("SHUNT_SIM_CAPTURES").map_or_else(std::env::temp_dir, PathBuf::from)
+}
+
+/// What the world of `options` is made of, and what will be done to it.
+pub fn plan(options: &Options) -> Plan {
+    draw(options)
 }
 
 /// Runs the world of `options`. If it fails it is run once more, to capture every packet into `captures`.
