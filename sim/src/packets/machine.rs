@@ -239,6 +239,9 @@ impl Machine {
 
     /// Starts it anew: a shim takes its connections over, an agent knows nothing.
     pub(super) fn start_beside(&mut self, key: [u8; 16]) {
+        if self.up {
+            return;
+        }
         match &mut self.beside {
             Beside::Shim(shim) => {
                 shim.client = Client::new(shim.config.clone());
