@@ -73,6 +73,13 @@ pub(crate) struct DaemonArgs {
     /// Serve `shunt ctl` here, whatever the file says; by default below the --state-dir.
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
+
+    /// Keep all rights. Without it the daemon gives up, before the first packet, what it does not need any more:
+    /// capabilities (but `CAP_NET_ADMIN`), files other than those it reads again and its state (Landlock), system calls
+    /// (seccomp), as far as the kernel has these; -v says what is left and why. A file named in a new configuration
+    /// outside of the folders it knows then takes a restart.
+    #[arg(long)]
+    pub(crate) no_sandbox: bool,
 }
 
 /// What the client is told.

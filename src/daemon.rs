@@ -19,6 +19,7 @@ pub(crate) fn balancer(arguments: DaemonArgs) -> anyhow::Result<ExitCode> {
             config_path: None,
             state_dir: Some(arguments.state_dir),
             control_socket: arguments.socket,
+            sandbox: !arguments.no_sandbox,
             ..shunt_balancer::RunOptions::default()
         };
         shunt_balancer::run(config, options, shutdown)
@@ -39,6 +40,7 @@ pub(crate) fn client(arguments: ClientArgs) -> anyhow::Result<ExitCode> {
             ready: Some(ready),
             state_dir: arguments.daemon.state_dir,
             control_socket: arguments.daemon.socket,
+            sandbox: !arguments.daemon.no_sandbox,
         };
         shunt_client_shim::run(config, options, shutdown)
     })
@@ -53,6 +55,7 @@ pub(crate) fn server(arguments: DaemonArgs) -> anyhow::Result<ExitCode> {
             ready: Some(ready),
             state_dir: Some(arguments.state_dir),
             control_socket: arguments.socket,
+            sandbox: !arguments.no_sandbox,
             ..Default::default()
         };
         shunt_server_agent::run(config, options, shutdown)

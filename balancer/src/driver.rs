@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use shunt_host::control::{ControlError, Server};
+use shunt_host::sandbox::{self, Confined, Policy, SandboxError};
 use shunt_host::{DEFAULT_STATE_DIR, Host, HostError, Role, nft_available};
 use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice};
 use shunt_stack::wire::{Offload, Packet, ParseError};
@@ -52,6 +53,9 @@ pub struct RunOptions {
     pub handle: Option<oneshot::Sender<Handle>>,
     /// The control socket, whatever the configuration says of it.
     pub control_socket: Option<PathBuf>,
+    /// Give up, before the first packet, what the balancer does not need any more ([`shunt_host::sandbox`]). It is the
+    /// calling thread that does, for good: for programs that are nothing else.
+    pub sandbox: bool,
 }
 
 /// A running balancer, from outside of its loop: from any thread, also after it has ended.
@@ -129,6 +133,9 @@ pub enum Error {
     /// The control socket cannot be served.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// It could not be contained.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// Signals cannot be waited for.
     #[error("cannot wait for signals: {0}")]
     Signal(io::Error),
@@ -143,8 +150,8 @@ pub async fn run(
     options: RunOptions,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
-    let RunOptions { capture, ready, config_path, state_dir, handle, control_socket } = options;
-    let told = Told { ready, handle };
+    let RunOptions { capture, ready, config_path, state_dir, handle, control_socket, sandbox } = options;
+    let told = Told { ready, handle, sandbox };
     let state_dir = state_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR));
     let path = config_path.unwrap_or_else(|| config.path.clone());
     let places = Places { path, state_dir, control_socket };
@@ -158,8 +165,9 @@ pub async fn run(
     }
 }
 
-/// Who is told that packets are forwarded.
+/// What happens before packets are forwarded, and who is told.
 struct Told {
+    sandbox: bool,
     ready: Option<oneshot::Sender<()>>,
     handle: Option<oneshot::Sender<Handle>>,
 }
@@ -189,7 +197,12 @@ async fn serve<D: Device + 'static>(
     open: impl Fn(&str) -> io::Result<D>,
 ) -> Result<(), Error> {
     let hangups = signal(SignalKind::hangup()).map_err(Error::Signal)?;
+    let confined = told.sandbox.then(|| confinement(&config, &places));
     let mut daemon = Daemon::start(config, places, open).await?;
+    if let Some(Err(error)) = confined.map(|policy| sandbox::enter(&policy)) {
+        daemon.stop().await?;
+        return Err(error.into());
+    }
     let (main, receiver) = (Arc::clone(&daemon.main), daemon.active.subscribe());
     // Whoever asked may have gone; that changes nothing here.
     if let Some(handle) = told.handle {
@@ -207,6 +220,14 @@ async fn serve<D: Device + 'static>(
     };
     let closed = daemon.stop().await;
     result.and(closed)
+}
+
+/// What is left to the balancer once it runs.
+fn confinement(config: &Config, places: &Places) -> Policy {
+    let daemon = Confined::Balancer { devices: config.forward.uses_devices() };
+    let socket = config.control.at(places.control_socket.clone()).socket;
+    let (config, keys) = (places.path.clone(), config.token_file.clone());
+    Policy::of(&daemon, &sandbox::Places { config, keys, state_dir: places.state_dir.clone(), socket })
 }
 
 /// Reads, decides, writes. The time is told at the begin of each batch: packets that were there without waiting.

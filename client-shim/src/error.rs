@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use shunt_host::HostError;
 use shunt_host::control::ControlError;
+use shunt_host::sandbox::SandboxError;
 
 /// Why the shim could not start, or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +17,9 @@ pub enum Error {
     /// The control socket cannot be served.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// It could not be contained.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The packet device could not be made, or broke.
     #[error("TUN device {name}: {error}")]
     Device {

@@ -20,10 +20,12 @@ mod shim;
 mod transparent;
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 
 use shunt_host::Role;
-use shunt_host::control::Server;
+use shunt_host::control::{ControlOptions, Server};
+use shunt_host::sandbox::{self, Confined, Policy};
 use shunt_stack::device::{Captured, Device};
 use tokio::sync::oneshot;
 
@@ -44,12 +46,15 @@ pub struct RunOptions {
     pub state_dir: PathBuf,
     /// The control socket, whatever the configuration says of it.
     pub control_socket: Option<PathBuf>,
+    /// Give up, before the first packet, what the client does not need any more ([`shunt_host::sandbox`]). It is the
+    /// calling thread that does, for good: for programs that are nothing else.
+    pub sandbox: bool,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
         let state_dir = PathBuf::from(shunt_host::DEFAULT_STATE_DIR);
-        Self { capture: None, ready: None, state_dir, control_socket: None }
+        Self { capture: None, ready: None, state_dir, control_socket: None, sandbox: false }
     }
 }
 
@@ -80,14 +85,36 @@ async fn serve(
 ) -> Result<(), Error> {
     let capture = options.capture.as_deref().map(device::capture).transpose()?;
     let control = session.config().control.at(options.control_socket);
+    let confined = options.sandbox.then(|| confinement(session.config(), &options.state_dir, &control));
     let asked = Server::open(&control, &options.state_dir, Role::Client)?;
     let tun = device::open(&session.config().host.device, session.mtu())?;
     session.set_up(&options.state_dir).await?;
+    if let Some(policy) = confined {
+        sandbox::enter(&policy)?;
+    }
     let outside = Outside { reload, asked };
     match capture {
         None => drive(session, tun, outside, options.ready, shutdown).await,
         Some(capture) => drive(session, Captured::new(tun, capture), outside, options.ready, shutdown).await,
     }
+}
+
+/// What is left to the client once it runs.
+fn confinement(config: &Config, state_dir: &Path, control: &ControlOptions) -> Policy {
+    let daemon = match &config.proxy {
+        None => Confined::Client,
+        Some(proxy) => {
+            let forwards = proxy.forward.iter().map(|forward| forward.listen.port());
+            Confined::Proxy { listens: proxy.socks5.iter().map(SocketAddr::port).chain(forwards).collect() }
+        }
+    };
+    let places = sandbox::Places {
+        config: config.path.clone(),
+        keys: None,
+        state_dir: state_dir.to_owned(),
+        socket: control.socket.clone(),
+    };
+    Policy::of(&daemon, &places)
 }
 
 /// What comes beside packets.

@@ -146,7 +146,7 @@ impl Source {
                 return Err(ConfigError {
                     path,
                     location: None,
-                    message: format!("cannot read it: {error}"),
+                    message: format!("cannot read it: {error}{}", crate::sandbox::hint(&error)),
                 });
             }
         };

@@ -6,6 +6,7 @@
 //!   order, also those that a killed predecessor left behind.
 //! - [`query`] asks the kernel: next hops, addresses, MTU, TCP sockets.
 //! - [`doctor`] looks for what stands in the way on a host.
+//! - [`sandbox`] takes from a running daemon what it no longer needs.
 //! - [`control`] is how a running daemon is asked and told: JSON lines over a Unix socket.
 //!
 //! ```no_run
@@ -52,6 +53,7 @@ mod nft;
 pub mod options;
 pub mod prefix;
 pub mod query;
+pub mod sandbox;
 mod sysctl;
 #[cfg(test)]
 mod testing;

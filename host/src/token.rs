@@ -52,6 +52,13 @@ pub struct TokenOptions<R, K> {
     pub trusted: Vec<Prefix>,
 }
 
+impl<R> TokenSettings<R> {
+    /// The file of keys, as written.
+    pub fn file(&self) -> Option<&Path> {
+        self.keys.as_ref().map(|keys| keys.get_ref().as_path())
+    }
+}
+
 impl<R: Copy + Default + PartialEq> TokenSettings<R> {
     /// Checks the table and reads the keys; `parse` makes keys of the file's text, or says line and mistake.
     ///
@@ -99,7 +106,7 @@ fn keys<K>(
 
 /// A file's text, if it is none that others may read.
 fn secret(path: &Path) -> Result<String, String> {
-    let cannot = |error: std::io::Error| format!("cannot read it: {error}");
+    let cannot = |error: std::io::Error| format!("cannot read it: {error}{}", crate::sandbox::hint(&error));
     // Asked before it is opened: opening a pipe would wait.
     if !std::fs::metadata(path).map_err(cannot)?.is_file() {
         return Err("this is no file".to_owned());

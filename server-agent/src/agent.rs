@@ -11,6 +11,7 @@ use std::pin::pin;
 
 use bytes::BytesMut;
 use serde::Serialize;
+use shunt_host::sandbox::{self, Confined, Policy};
 use shunt_host::{Host, query};
 use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice, TunOptions};
 use shunt_stack::redirect::{Action, Server, ServerConfig, ServerCounters, ServerEvent};
@@ -43,6 +44,9 @@ pub struct RunOptions {
     pub state_dir: Option<PathBuf>,
     /// The control socket, whatever the configuration says of it.
     pub control_socket: Option<PathBuf>,
+    /// Give up, before the first packet, what the agent does not need any more ([`shunt_host::sandbox`]). It is the
+    /// calling thread that does, for good: for programs that are nothing else.
+    pub sandbox: bool,
 }
 
 /// Runs the agent until `shutdown`, in the network namespace of the calling thread, then undoes its changes to the
@@ -108,17 +112,30 @@ async fn serve(
         stats: AgentStats::default(),
         publish: options.stats,
     };
+    let capture = |path: PathBuf| Capture::create(&path).map_err(|error| Error::Capture { path, error });
+    let capture = options.capture.map(capture).transpose()?;
+    if options.sandbox {
+        sandbox::enter(&confinement(&agent.config, options.state_dir, options.control_socket))?;
+    }
     if let Some(ready) = options.ready {
         // Whoever waits for it may have gone.
         let _ = ready.send(());
     }
-    match options.capture {
+    match capture {
         None => agent.drive(device, shutdown).await,
-        Some(path) => {
-            let capture = Capture::create(&path).map_err(|error| Error::Capture { path, error })?;
-            agent.drive(Captured::new(device, capture), shutdown).await
-        }
+        Some(capture) => agent.drive(Captured::new(device, capture), shutdown).await,
     }
+}
+
+/// What is left to the agent once it runs.
+fn confinement(config: &Config, state_dir: Option<PathBuf>, socket: Option<PathBuf>) -> Policy {
+    let places = sandbox::Places {
+        config: config.path.clone(),
+        keys: config.token_file.clone(),
+        state_dir: state_dir.unwrap_or_else(|| PathBuf::from(shunt_host::DEFAULT_STATE_DIR)),
+        socket: config.control.at(socket).socket,
+    };
+    Policy::of(&Confined::Server, &places)
 }
 
 fn machine(config: &Config, facts: &Facts, clock: Clock) -> Result<ServerConfig, Error> {

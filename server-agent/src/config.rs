@@ -74,6 +74,8 @@ pub struct Config {
     pub move_silence: Silence,
     /// Tokens: made where there are keys, demanded as it says (PROTOCOL.md §10).
     pub tokens: TokenPolicy,
+    /// Where their keys were read from.
+    pub token_file: Option<PathBuf>,
     /// The VIP of each service socket, where clients know it by another address than ours: tokens are bound to that.
     pub shared: BTreeMap<SocketAddr, IpAddr>,
     /// The control socket.

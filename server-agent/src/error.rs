@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use shunt_host::HostError;
 use shunt_host::control::ControlError;
+use shunt_host::sandbox::SandboxError;
 
 /// Why the agent could not start, or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +16,9 @@ pub enum Error {
     /// The control socket or the status address cannot be served.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// It could not be contained.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The packet device could not be made; the message says which and what to do.
     #[error(transparent)]
     Device(io::Error),

@@ -71,6 +71,7 @@ pub(super) fn check(source: &Source) -> Result<Config> {
         admin_ports,
         statistics: checker.statistics(&file.statistics)?,
         tokens: tokens(&file, source)?,
+        token_file: file.token.file().map(Into::into),
         control: file.control.resolve(Role::Balancer, source)?,
         check_ports: file.health.source_ports(source)?,
         host,

@@ -254,6 +254,8 @@ pub struct Config {
     pub(crate) statistics: Option<Statistics>,
     /// Tokens: made where there are keys, demanded as it says (§10).
     pub(crate) tokens: TokenPolicy,
+    /// Where their keys were read from.
+    pub(crate) token_file: Option<PathBuf>,
     pub(crate) control: ControlOptions,
     /// Own source ports of health checks.
     pub(crate) check_ports: PortRange,

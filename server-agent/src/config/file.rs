@@ -161,6 +161,7 @@ impl File {
             max_hops: hops as u8,
             listener_interval: Duration::from_secs(listeners),
             tokens: tokens(source, &self.token)?,
+            token_file: self.token.file().map(Into::into),
             shared,
             control: self.control.resolve(Role::Server, source)?,
             status: status(source, self.status.listen.as_ref())?,

@@ -4,7 +4,8 @@ use std::borrow::Borrow;
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::BytesMut;
@@ -24,7 +25,7 @@ pub enum Direction {
 
 /// A pcapng file in the making; clones write to the same one.
 ///
-/// A thread of its own writes to the disk, at the latest a second after the packet, and when the last clone is
+/// A thread of its own, started with the first packet, writes to the disk, at the latest a second after the packet, and when the last clone is
 /// dropped. A disk that fails or cannot follow costs packets of the capture (their number is in the file), never
 /// traffic; a failure is logged once.
 #[derive(Debug, Clone)]
@@ -35,15 +36,43 @@ pub struct Capture {
 #[derive(Debug)]
 struct Shared {
     queue: Arc<Queue>,
-    writer: Option<std::thread::JoinHandle<()>>,
+    started: Once,
+    stage: Mutex<Stage>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Idle(Box<Writer>),
+    Writing(JoinHandle<()>),
+    Over,
+}
+
+impl Shared {
+    fn stage(&self) -> std::sync::MutexGuard<'_, Stage> {
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Not before the first packet: the thread then has no more rights than the one that carries packets.
+    fn start(&self) {
+        let mut stage = self.stage();
+        let Stage::Idle(writer) = std::mem::replace(&mut *stage, Stage::Over) else { return };
+        let queue = Arc::clone(&self.queue);
+        match std::thread::Builder::new().name("capture".to_owned()).spawn(move || writer.run(&queue)) {
+            Ok(thread) => *stage = Stage::Writing(thread),
+            Err(error) => {
+                tracing::error!(%error, "the capture stays empty: no thread can be started");
+                self.queue.close();
+            }
+        }
+    }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
         self.queue.close();
-        if let Some(writer) = self.writer.take() {
+        if let Stage::Writing(thread) = std::mem::replace(&mut *self.stage(), Stage::Over) {
             // It ends in any case, and there is nobody left to tell how.
-            let _ = writer.join();
+            let _ = thread.join();
         }
     }
 }
@@ -56,16 +85,13 @@ impl Capture {
     pub fn create(path: impl AsRef<Path>) -> io::Result<Capture> {
         let path = path.as_ref();
         let writer = Writer::new(File::create(path)?, path.to_owned())?;
-        let queue = Arc::new(Queue::default());
-        let writer = {
-            let queue = Arc::clone(&queue);
-            std::thread::Builder::new().name("capture".to_owned()).spawn(move || writer.run(&queue))?
-        };
-        Ok(Capture { shared: Arc::new(Shared { queue, writer: Some(writer) }) })
+        let stage = Mutex::new(Stage::Idle(Box::new(writer)));
+        Ok(Capture { shared: Arc::new(Shared { queue: Arc::default(), started: Once::new(), stage }) })
     }
 
     /// Records a packet (IP header first) that passed `interface` at `now`. Does not block on the disk.
     pub fn record(&self, direction: Direction, interface: &str, packet: &[u8], now: SystemTime) {
+        self.shared.started.call_once(|| self.shared.start());
         let time = now.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         self.shared.queue.push(interface, || Record {
             direction,

@@ -110,6 +110,12 @@ pub(super) struct Writer {
     interfaces: Vec<Box<str>>,
 }
 
+impl std::fmt::Debug for Writer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Writer").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
 impl Writer {
     pub(super) fn new(file: File, path: PathBuf) -> io::Result<Writer> {
         let mut out = PcapNgWriter::new(BufWriter::with_capacity(1 << 16, file)).map_err(io::Error::other)?;

@@ -1,0 +1,1 @@
+//! The table, and what of it the kernel keeps.
