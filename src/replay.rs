@@ -133,6 +133,11 @@ fn replay(arguments: &ReplayArgs) -> anyhow::Result<ExitCode> {
         eprintln!("{missing} packets are missing in the capture: whoever wrote it could not follow");
     }
     report(run.replay.tally(), begun.elapsed());
+    if run.replay.is_directed() && matches!(run.replay.role(), Role::Wire { .. }) {
+        eprintln!(
+            "the capture says which packets came in and which went out: -c FILE or --as ROLE replays it"
+        );
+    }
     run.finish()
 }
 

@@ -10,6 +10,8 @@ use std::process::Command;
 use common::{Family, Net, Options, WEB};
 use pcap_file::DataLink;
 use pcap_file::pcap::{PcapHeader, PcapPacket, PcapWriter};
+use shunt_captures::describe::message;
+use shunt_captures::{Frame, Reader, golden};
 use shunt_stack::wire::{DEFAULT_EXID, Packet, RedirectOption, Segment, TcpFlags};
 
 const SYN: TcpFlags = TcpFlags::SYN;
@@ -237,6 +239,66 @@ fn n6_the_parts_of_a_moved_connection_have_one_name() {
         assert_ne!(seen[8][0], name);
         assert_eq!(seen[9][0], "", "a connection that nobody has redirected has no name");
     }
+}
+
+/// All golden captures, one behind the other.
+#[test]
+fn n6_every_golden_capture_is_read_alike_field_by_field() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let all = golden::make();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("captures/golden");
+    let merged = dir.path().join("all.pcapng");
+    let mut merge = Command::new("mergecap");
+    merge.args(["-a", "-w"]).arg(&merged).args(all.iter().map(|golden| folder.join(&golden.name)));
+    let output = merge.output().expect("this test needs mergecap (Debian: apt install tshark)");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let fields = [
+        "frame.number",
+        "redirect.length",
+        "redirect.redirect",
+        "redirect.confirm",
+        "redirect.has_port",
+        "redirect.port",
+        "redirect.hops",
+        "redirect.observed",
+        "redirect.token",
+        "redirect.message",
+        "_ws.expert.message",
+    ];
+    let mut seen = tshark(&merged, "redirect", &fields);
+    for line in &mut seen {
+        let experts = line.pop().expect("eleven fields");
+        assert!(!experts.contains("W1") && !experts.contains("C1") && !experts.contains("echo"), "{experts}");
+    }
+    let (mut frame, mut expected) = (0, Vec::new());
+    for golden in &all {
+        let mut reader = Reader::new(golden.bytes.as_slice()).expect("a capture");
+        while let Some(record) = reader.next_record() {
+            frame += 1;
+            let packet = Frame::read(&record.expect("a record")).expect("a packet").packet;
+            let Some(tcp) = packet.tcp() else { continue };
+            let Some(option) = tcp.redirect(DEFAULT_EXID).expect("no bad option") else { continue };
+            let bit = |bit: bool| u8::from(bit).to_string();
+            let or_empty = |text: Option<String>| text.unwrap_or_default();
+            expected.push(vec![
+                frame.to_string(),
+                option.len().to_string(),
+                bit(option.redirect),
+                bit(option.confirm),
+                bit(option.port.is_some()),
+                option.port.unwrap_or(0).to_string(),
+                option.hops.to_string(),
+                or_empty(option.observed.map(|digest| format!("{digest:#06x}"))),
+                or_empty(option.token.map(|token| format!("{:016x}", u64::from_be_bytes(token)))),
+                message(tcp.flags(), &option).to_owned(),
+            ]);
+        }
+    }
+    assert!(expected.len() > 500, "{}", expected.len());
+    for (seen, expected) in seen.iter().zip(&expected) {
+        assert_eq!(seen, expected);
+    }
+    assert_eq!(seen.len(), expected.len());
 }
 
 /// Frames of the client's capture by what our parser reads in them, and by what tshark does.

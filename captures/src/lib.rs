@@ -8,6 +8,8 @@ pub mod describe;
 mod diff;
 mod explain;
 mod frame;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 pub mod golden;
 mod ladder;
 mod learn;

@@ -73,6 +73,11 @@ impl Replay {
         &self.tally
     }
 
+    /// Whether the capture says which way packets went, and so was taken where one of the roles stands.
+    pub fn is_directed(&self) -> bool {
+        self.directed
+    }
+
     /// What packets are replayed through.
     pub fn role(&self) -> &Role {
         &self.role

@@ -312,6 +312,7 @@ fn risen<C: Serialize + Clone + PartialEq>(before: &mut C, now: &C) -> Vec<Strin
 fn decision(action: Option<Action>, risen: &[String], events: &[String], sends: bool) -> Option<Decision> {
     let fallback = match action {
         Some(Action::Pass) => "passed",
+        Some(Action::Drop) if sends => "taken",
         Some(Action::Drop) => "dropped",
         None if sends => "repeated",
         None if risen.is_empty() && events.is_empty() => return None,

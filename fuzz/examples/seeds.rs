@@ -10,5 +10,10 @@ fn main() -> io::Result<()> {
         fs::create_dir_all(&folder)?;
         fs::write(folder.join(&seed.name), &seed.bytes)?;
     }
+    let folder = corpus.join("replay");
+    fs::create_dir_all(&folder)?;
+    for (name, bytes) in shunt_captures::fuzz::seeds() {
+        fs::write(folder.join(name), bytes)?;
+    }
     Ok(())
 }
