@@ -338,12 +338,8 @@ impl Run {
 
 /// What it came to, on standard error.
 fn report(tally: &Tally, took: Duration) {
-    let seconds = took.as_secs_f64().max(1e-6);
-    eprintln!(
-        "{} packets in {seconds:.3} s: {:.0} packets a second",
-        tally.packets,
-        tally.packets as f64 / seconds
-    );
+    let rate = u128::from(tally.packets) * 1_000_000 / took.as_micros().max(1);
+    eprintln!("{} packets in {:.3} s: {rate} packets a second", tally.packets, took.as_secs_f64());
     let counts = [
         (tally.sent, "packets would have been sent"),
         (tally.agree, "packets that went out are as replayed"),

@@ -335,6 +335,19 @@ fn n6_a_capture_of_real_connections_is_read_alike() {
         })
         .collect();
     assert_eq!(seen, expected);
+    // Beside packets with which something was decided stands what.
+    let comments = tshark(&file, "pkt_comment", &["pkt_comment"]);
+    let redirected = comments.iter().filter(|line| line[0].contains("goes on at 4100")).count();
+    assert_eq!(redirected, 20, "{comments:?}");
+    // Replay makes of what came in what went out.
+    let mut replay = Command::new(env!("CARGO_BIN_EXE_shunt"));
+    let output =
+        replay.arg("replay").arg(&file).args(["--as", "client"]).output().expect("the program starts");
+    let lines = String::from_utf8(output.stdout).expect("UTF-8");
+    let count = |word: &str| lines.lines().filter(|line| line.contains(word)).count();
+    let reported = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && count("| as replayed") > 100, "{reported}\n{lines}");
+    assert_eq!(count("| not replayed"), 0, "{reported}\n{lines}");
     // Every segment on a service port belongs to the connection to the port that the program asked for.
     let asked = tshark(&file, "tcp.port in {41001, 41002}", &["redirect.asked", "tcp.port"]);
     assert!(!asked.is_empty() && asked.iter().all(|line| line[0] == WEB.to_string()), "{asked:?}");

@@ -27,7 +27,7 @@ use crate::connectors::{Connectors, without_the_missing};
 use crate::health::{Monitor, Transition};
 use crate::host::{Devices, ServerDevice, changes, device_name, main_mtu};
 use crate::tunnel::{Hops, Tunnels, look};
-use crate::{Balancer, DropReason, LoadError, Memory, Output, SelectKey, Snapshot, Unfit};
+use crate::{Balancer, DropReason, LoadError, Memory, Output, Route, SelectKey, Snapshot, Unfit};
 
 /// How often counters are logged, at level debug.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -271,6 +271,9 @@ async fn at_once_or_waiting<T>(future: impl Future<Output = T>) -> (bool, T) {
     }
 }
 
+/// What was decided about a packet, and what came of it.
+type Decided = (Result<Route, DropReason>, Result<Output, DropReason>);
+
 impl<D: Device> Active<D> {
     /// Takes a server's load now.
     fn set_load(&self, clock: Clock, server: &str, load: f32) -> Result<(), LoadError> {
@@ -289,24 +292,25 @@ impl<D: Device> Active<D> {
 
     /// Forwards one packet; gives the buffer back.
     async fn forward(&self, main: &D, buffer: BytesMut, offload: Offload, memory: &mut Memory) -> BytesMut {
-        let (packet, result) = match Packet::parse(buffer, offload) {
+        let (packet, (route, result)) = match Packet::parse(buffer, offload) {
             Ok(mut packet) => {
                 let route = self.balancer.decide(memory, self.balancer.now(), &packet);
                 if let (Some(connections), Ok(route)) = (&self.connections, route) {
                     connections.observe(route, &packet, self.balancer.now());
                 }
                 let result = self.balancer.carry_out(route, &mut packet);
-                (packet, result)
+                (packet, (route, result))
             }
             Err(rejected) => match self.unreadable(rejected.buffer, rejected.error) {
                 Ok(done) => done,
                 Err(buffer) => return buffer,
             },
         };
+        let why = || self.balancer.explain(route, result).to_string();
         let sent = match result {
-            Ok(Output::Main) => main.send(&packet).await,
+            Ok(Output::Main) => main.send_because(&packet, why).await,
             Ok(Output::Server(server)) => match self.outputs.get(server.index()) {
-                Some(device) => device.send(&packet).await,
+                Some(device) => device.send_because(&packet, why).await,
                 None => Ok(()),
             },
             Err(_) => Ok(()),
@@ -318,16 +322,12 @@ impl<D: Device> Active<D> {
     }
 
     /// `B4` for what cannot be parsed.
-    fn unreadable(
-        &self,
-        buffer: BytesMut,
-        error: ParseError,
-    ) -> Result<(Packet, Result<Output, DropReason>), BytesMut> {
+    fn unreadable(&self, buffer: BytesMut, error: ParseError) -> Result<(Packet, Decided), BytesMut> {
         match Packet::parse_opaque(buffer) {
             Ok(mut packet) => {
                 let route = self.balancer.route_unreadable(&packet, error);
                 let result = self.balancer.carry_out(route, &mut packet);
-                Ok((packet, result))
+                Ok((packet, (route, result)))
             }
             Err(rejected) => {
                 self.balancer.stats.dropped(DropReason::Parse(rejected.error));

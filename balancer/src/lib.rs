@@ -20,6 +20,7 @@ pub mod control;
 mod datagram;
 pub mod doctor;
 pub mod driver;
+mod explain;
 pub mod forward;
 pub mod fragments;
 #[cfg(any(test, feature = "fuzz"))]
@@ -49,6 +50,7 @@ use shunt_stack::wire::Packet;
 pub use config::Config;
 pub use connections::{Bucket, ConnectionsSnapshot, DurationsSnapshot, PairSnapshot};
 pub use driver::{Error, Handle, RunOptions, run};
+pub use explain::Explanation;
 pub use forward::Output;
 pub use fragments::Memory;
 pub use health::Unfit;

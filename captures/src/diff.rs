@@ -68,8 +68,9 @@ impl<R: BufRead> Comparison<R> {
             }
         }
         Ok(self.difference.map(|(line, old, new)| {
-            let text = |lines: Vec<String>| lines.iter().map(|line| format!("{line}\n")).collect::<String>();
-            let (old, new) = (text(old), text(new));
+            let text =
+                |lines: &[String]| lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect::<String>();
+            let (old, new) = (text(&old), text(&new));
             let diff = TextDiff::from_lines(&old, &new);
             format!(
                 "the first difference is in line {line}\n{}",
@@ -119,7 +120,7 @@ mod tests {
 
     #[test]
     fn a_long_difference_is_cut() {
-        let expected: String = (0..1000).map(|line| format!("{line}\n")).collect();
+        let expected = "a line\n".repeat(1000);
         let difference = compared(&expected, &["x"; 1000]).unwrap();
         assert!(difference.lines().count() <= 2 * SHOWN + 4, "{difference}");
     }

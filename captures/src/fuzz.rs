@@ -89,6 +89,9 @@ fn check(row: &Row) {
 }
 
 /// The seeds of the target: a role, and a golden capture. `cargo run --example seeds` in `fuzz/` writes them.
+///
+/// # Panics
+/// If a golden capture that it names is gone.
 pub fn seeds() -> Vec<(String, Vec<u8>)> {
     const NAMES: [(u8, &str); 12] = [
         (0, "handover-balancer-v4.pcapng"),

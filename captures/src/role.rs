@@ -13,7 +13,7 @@ use shunt_stack::redirect::{
 use shunt_stack::time::{Instant, WallClock};
 use shunt_stack::wire::{Packet, ParseError};
 
-use crate::explain;
+use crate::explain::counter_rule;
 use crate::row::{Decision, NETWORK};
 
 /// Packets that one packet or one moment may make a machine send; more would be a loop.
@@ -154,14 +154,14 @@ impl BalancerRole {
         self.balancer.set_clock(WallClock::from_micros(0));
         let route = self.balancer.decide(&mut self.memory, now, &packet);
         let done = self.balancer.carry_out(route, &mut packet);
-        let decision = Some(explain::balancer(&self.balancer, route, done));
+        let decision = Some(self.balancer.explain(route, done).into());
         Outcome { decision, sent: self.sent(done.ok(), packet) }
     }
 
     fn unreadable(&mut self, mut packet: Packet, error: ParseError) -> Outcome {
         let route = self.balancer.route_unreadable(&packet, error);
         let done = self.balancer.carry_out(route, &mut packet);
-        let decision = Some(explain::balancer(&self.balancer, route, done));
+        let decision = Some(self.balancer.explain(route, done).into());
         Outcome { decision, sent: self.sent(done.ok(), packet) }
     }
 
@@ -226,9 +226,8 @@ impl ClientRole {
         let action = taken.as_ref().map(|(action, ..)| *action);
         let client = &mut self.client;
         let sent = drain(taken, || client.poll_transmit(now));
-        let events: Vec<String> = std::iter::from_fn(|| self.client.poll_event())
-            .map(|event| explain::client_event(&event))
-            .collect();
+        let events: Vec<String> =
+            std::iter::from_fn(|| self.client.poll_event()).map(|event| event.to_string()).collect();
         let risen = risen(&mut self.before, self.client.counters());
         Outcome { decision: decision(action, &risen, &events, !sent.is_empty()), sent }
     }
@@ -259,9 +258,8 @@ impl ServerRole {
         let action = taken.as_ref().map(|(action, ..)| *action);
         let server = &mut self.server;
         let sent = drain(taken, || server.poll_transmit(now));
-        let events: Vec<String> = std::iter::from_fn(|| self.server.poll_event())
-            .map(|event| explain::server_event(&event))
-            .collect();
+        let events: Vec<String> =
+            std::iter::from_fn(|| self.server.poll_event()).map(|event| event.to_string()).collect();
         let risen = risen(&mut self.before, self.server.counters());
         Outcome { decision: decision(action, &risen, &events, !sent.is_empty()), sent }
     }
@@ -319,6 +317,6 @@ fn decision(action: Option<Action>, risen: &[String], events: &[String], sends: 
         None => "timer",
     };
     let name = if risen.is_empty() { fallback.to_owned() } else { risen.join("+") };
-    let rule = risen.iter().find_map(|name| explain::counter_rule(name));
+    let rule = risen.iter().find_map(|name| counter_rule(name));
     Some(Decision { name, rule, why: events.join("; ") })
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
+use shunt_balancer::Explanation;
 use shunt_stack::device::Direction;
 use shunt_stack::wire::Packet;
 
@@ -23,6 +24,13 @@ pub struct Decision {
     /// More about it; may be empty.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub why: String,
+}
+
+impl From<Explanation> for Decision {
+    fn from(explanation: Explanation) -> Decision {
+        let Explanation { name, rule, why } = explanation;
+        Decision { name: name.to_owned(), rule: Some(rule), why }
+    }
 }
 
 /// A packet that would have been sent.

@@ -123,31 +123,41 @@ impl Shim {
                 Action::Pass
             }
         };
+        let why = self.tell();
         if action == Action::Pass {
-            self.send(device, &packet).await;
+            self.send(device, &packet, &why).await;
         }
         *buffer = packet.into_buffer();
-        self.drain(device, now).await;
+        self.drain(device, now, &why).await;
     }
 
     /// Fires what is due.
     pub(crate) async fn on_timer(&mut self, device: &impl Device) {
-        self.drain(device, self.clock.now()).await;
+        self.drain(device, self.clock.now(), "").await;
     }
 
     /// Both directions leave by the same device: the host's rules tell them apart by destination.
-    async fn drain(&mut self, device: &impl Device, now: Instant) {
+    async fn drain(&mut self, device: &impl Device, now: Instant, why: &str) {
         while let Some(transmit) = self.client.poll_transmit(now) {
-            self.send(device, &transmit.packet).await;
+            let told = self.tell();
+            self.send(device, &transmit.packet, if told.is_empty() { why } else { &told }).await;
         }
-        while let Some(event) = self.client.poll_event() {
-            self.flows_changed = true;
-            log(event);
-        }
+        self.tell();
     }
 
-    async fn send(&mut self, device: &impl Device, packet: &Packet) {
-        if let Err(error) = device.send(packet).await {
+    /// Logs what has happened; what was decided about a packet, in words, empty for most.
+    fn tell(&mut self) -> String {
+        let mut told = String::new();
+        while let Some(event) = self.client.poll_event() {
+            self.flows_changed = true;
+            told = event.to_string();
+            log(event);
+        }
+        told
+    }
+
+    async fn send(&mut self, device: &impl Device, packet: &Packet, why: &str) {
+        if let Err(error) = device.send_because(packet, || why.to_owned()).await {
             self.counters.unsent += 1;
             tracing::debug!(%error, "the device did not take a packet");
         }

@@ -238,7 +238,7 @@ impl Agent<'_> {
                 asked = self.desk.next() => self.answer(asked),
                 () = due => {
                     self.advance_moves(&device).await;
-                    self.flush(&device).await;
+                    self.flush(&device, "").await;
                 }
                 received = device.recv(&mut buffer) => {
                     let offload = received
@@ -274,10 +274,11 @@ impl Agent<'_> {
             self.stats.foreign += 1;
             Action::Drop
         };
+        let why = self.tell();
         if action == Action::Pass {
-            self.send(device, &packet).await;
+            self.send(device, &packet, &why).await;
         }
-        self.flush(device).await;
+        self.flush(device, &why).await;
         packet.into_buffer()
     }
 
@@ -291,18 +292,27 @@ impl Agent<'_> {
     }
 
     /// Sends what the machine has to send: the routes know where to, whichever direction it is.
-    async fn flush<D: Device>(&mut self, device: &D) {
+    async fn flush<D: Device>(&mut self, device: &D, why: &str) {
         while let Some(transmit) = self.server.poll_transmit(self.clock.now()) {
-            self.send(device, &transmit.packet).await;
+            let told = self.tell();
+            self.send(device, &transmit.packet, if told.is_empty() { why } else { &told }).await;
         }
+        self.tell();
+    }
+
+    /// Takes notice of what has happened; what was decided about a packet, in words, empty for most.
+    fn tell(&mut self) -> String {
+        let mut told = String::new();
         while let Some(event) = self.server.poll_event() {
+            told = event.to_string();
             self.on_event(event);
             narrate(event);
         }
+        told
     }
 
-    async fn send<D: Device>(&mut self, device: &D, packet: &Packet) {
-        if let Err(error) = device.send(packet).await {
+    async fn send<D: Device>(&mut self, device: &D, packet: &Packet, why: &str) {
+        if let Err(error) = device.send_because(packet, || why.to_owned()).await {
             // One packet's fault, or the device is gone, which reading will tell.
             self.stats.unsent += 1;
             tracing::debug!(%error, length = packet.len(), "the device did not take a packet");

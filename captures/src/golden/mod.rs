@@ -195,6 +195,9 @@ const SCENARIOS: [Scenario; 26] = [
 ];
 
 /// Runs all scenarios.
+///
+/// # Panics
+/// If one does not end as it should.
 pub fn make() -> Vec<Golden> {
     let mut all = Vec::new();
     for scenario in &SCENARIOS {
@@ -233,6 +236,9 @@ impl Scenario {
 
 impl Golden {
     /// The code that it is replayed through.
+    ///
+    /// # Panics
+    /// If the configuration of this module is wrong.
     pub fn role(&self) -> Role {
         match self.config {
             Some("balancer.toml") => {
@@ -252,6 +258,9 @@ impl Golden {
     }
 
     /// What `shunt replay` says of it, and what it came to.
+    ///
+    /// # Panics
+    /// If the file is no capture.
     pub fn replayed(&self) -> (String, Replay) {
         let mut replay = Replay::new(self.role());
         let mut reader = Reader::new(self.bytes.as_slice()).expect("it was written to be read");

@@ -335,7 +335,7 @@ impl World {
     /// The client's TCP sends a packet of another's making.
     pub(crate) fn inject_local(&mut self, packet: Packet) {
         let mut out = Vec::new();
-        self.client.from_local(self.now, packet, &mut out);
+        self.client.on_local(self.now, packet, &mut out);
         self.dispatch(Place::Client, out);
     }
 
@@ -405,12 +405,12 @@ impl World {
             Place::Client => {
                 self.tap(Tap::Wire, Direction::In, &packet);
                 let mut out = Vec::new();
-                self.client.from_network(self.now, packet, &mut out);
+                self.client.on_network(self.now, packet, &mut out);
                 self.dispatch(Place::Client, out);
             }
             Place::Server(index) => {
                 let mut out = Vec::new();
-                self.servers[index].from_network(self.now, packet, &mut out);
+                self.servers[index].on_network(self.now, packet, &mut out);
                 self.dispatch(Place::Server(index), out);
             }
         }
@@ -511,7 +511,7 @@ impl Host {
         out.extend(self.tap.map(|tap| Step::Tap(tap, direction, packet.clone())));
     }
 
-    fn from_network(&mut self, now: Instant, mut packet: Packet, out: &mut Vec<Step>) {
+    fn on_network(&mut self, now: Instant, mut packet: Packet, out: &mut Vec<Step>) {
         self.record(Direction::In, &packet, out);
         let action = match &mut self.machine {
             Machine::Within => Action::Pass,
@@ -528,7 +528,7 @@ impl Host {
         self.transmit(now, out);
     }
 
-    fn from_local(&mut self, now: Instant, mut packet: Packet, out: &mut Vec<Step>) {
+    fn on_local(&mut self, now: Instant, mut packet: Packet, out: &mut Vec<Step>) {
         if matches!(self.machine, Machine::Within) {
             out.push(Step::Send(packet));
             return;
@@ -569,7 +569,7 @@ impl Host {
     fn flush(&mut self, now: Instant, out: &mut Vec<Step>) {
         self.tcp.handle_timeout(now);
         while let Some(packet) = self.tcp.poll_transmit() {
-            self.from_local(now, packet, out);
+            self.on_local(now, packet, out);
         }
         self.transmit(now, out);
     }

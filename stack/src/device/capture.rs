@@ -91,12 +91,25 @@ impl Capture {
 
     /// Records a packet (IP header first) that passed `interface` at `now`. Does not block on the disk.
     pub fn record(&self, direction: Direction, interface: &str, packet: &[u8], now: SystemTime) {
+        self.record_because(direction, interface, packet, now, String::new);
+    }
+
+    /// As [`record`](Self::record), with a comment of what was decided about the packet, unless it is empty.
+    pub fn record_because(
+        &self,
+        direction: Direction,
+        interface: &str,
+        packet: &[u8],
+        now: SystemTime,
+        why: impl FnOnce() -> String,
+    ) {
         self.shared.started.call_once(|| self.shared.start());
         let time = now.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         self.shared.queue.push(interface, || Record {
             direction,
             interface: interface.into(),
             packet: packet.into(),
+            comment: why().into(),
             time,
         });
     }
@@ -134,9 +147,13 @@ impl<D: Device> Device for Captured<D> {
     }
 
     async fn send(&self, packet: &Packet) -> io::Result<()> {
+        self.send_because(packet, String::new).await
+    }
+
+    async fn send_because(&self, packet: &Packet, why: impl FnOnce() -> String + Send) -> io::Result<()> {
         let now = SystemTime::now();
         self.device.send(packet).await?;
-        self.capture.record(Direction::Out, self.device.name(), packet.bytes(), now);
+        self.capture.record_because(Direction::Out, self.device.name(), packet.bytes(), now, why);
         Ok(())
     }
 

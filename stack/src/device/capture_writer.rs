@@ -13,6 +13,7 @@ use pcap_file::pcapng::blocks::enhanced_packet::{EnhancedPacketBlock, EnhancedPa
 use pcap_file::pcapng::blocks::interface_description::{
     InterfaceDescriptionBlock, InterfaceDescriptionOption, InterfaceTsResolution,
 };
+use pcap_file::pcapng::blocks::opt_common::CommonOption;
 use pcap_file::pcapng::{PcapNgBlock, PcapNgWriter};
 
 use super::Direction;
@@ -31,6 +32,8 @@ pub(super) struct Record {
     pub(super) direction: Direction,
     pub(super) interface: Box<str>,
     pub(super) packet: Box<[u8]>,
+    /// What was decided about it; may be empty.
+    pub(super) comment: Box<str>,
     /// Since 1970.
     pub(super) time: Duration,
 }
@@ -64,7 +67,7 @@ impl Queue {
             return;
         }
         let record = record();
-        state.bytes += record.packet.len() + interface.len() + RECORD_OVERHEAD;
+        state.bytes += record.packet.len() + record.comment.len() + interface.len() + RECORD_OVERHEAD;
         state.records.push_back(record);
         if state.records.len() == 1 {
             self.changed.notify_one();
@@ -162,6 +165,10 @@ impl Writer {
         };
         let mut options = vec![EnhancedPacketOption::Flags(flags)];
         options.extend(lost.map(EnhancedPacketOption::DropCount));
+        if !record.comment.is_empty() {
+            let comment = CommonOption::Comment(Cow::Borrowed(&record.comment));
+            options.push(EnhancedPacketOption::Common(comment));
+        }
         let block = EnhancedPacketBlock {
             interface_id,
             timestamp: record.time,

@@ -46,6 +46,20 @@ pub trait Device: Send + Sync {
     /// The device refused the packet, or is gone or down.
     fn send(&self, packet: &Packet) -> impl Future<Output = io::Result<()>> + Send;
 
+    /// As [`send`](Self::send), for who can say what was decided about the packet. A device that records packets
+    /// records that as well, unless it is empty; no other asks for it.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    fn send_because(
+        &self,
+        packet: &Packet,
+        why: impl FnOnce() -> String + Send,
+    ) -> impl Future<Output = io::Result<()>> + Send {
+        drop(why);
+        self.send(packet)
+    }
+
     /// The largest packet, in bytes, that the device takes whole. It may change while the device is open, and asking
     /// may be a system call.
     fn mtu(&self) -> usize;
@@ -61,6 +75,14 @@ impl<D: Device> Device for Arc<D> {
 
     fn send(&self, packet: &Packet) -> impl Future<Output = io::Result<()>> + Send {
         (**self).send(packet)
+    }
+
+    fn send_because(
+        &self,
+        packet: &Packet,
+        why: impl FnOnce() -> String + Send,
+    ) -> impl Future<Output = io::Result<()>> + Send {
+        (**self).send_because(packet, why)
     }
 
     fn mtu(&self) -> usize {

@@ -9,6 +9,7 @@ use nix::sched::{CloneFlags, unshare};
 use pcap_file::pcapng::PcapNgReader;
 use pcap_file::pcapng::blocks::block_common::Block;
 use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
+use pcap_file::pcapng::blocks::opt_common::CommonOption;
 
 use super::*;
 use crate::wire::{Segment, TcpFlags};
@@ -129,6 +130,32 @@ async fn a_capture_holds_both_directions_with_interface_and_time() {
     let (name, flags, _, bytes) = &packets[1];
     assert!(name.contains("memory1"), "{name}");
     assert_eq!((*flags, &bytes[..]), (1, segment(7).bytes()));
+}
+
+#[tokio::test]
+async fn n6_a_capture_says_what_was_decided_about_a_packet() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("why.pcapng");
+    let (left, _right) = MemoryDevice::pair(1500, 8);
+    let left = std::sync::Arc::new(Captured::new(left, Capture::create(&path).unwrap()));
+    left.send_because(&segment(1), || "selected (B1): server web-1".to_owned()).await.unwrap();
+    left.send_because(&segment(2), String::new).await.unwrap();
+    left.send(&segment(3)).await.unwrap();
+    drop(left);
+
+    let mut reader = PcapNgReader::new(File::open(&path).unwrap()).unwrap();
+    let mut comments = Vec::new();
+    while let Some(block) = reader.next_block() {
+        let Block::EnhancedPacket(packet) = block.unwrap().0 else { continue };
+        comments.push(packet.options.iter().find_map(|option| match option {
+            EnhancedPacketOption::Common(CommonOption::Comment(comment)) => Some(comment.to_string()),
+            _ => None,
+        }));
+    }
+    assert_eq!(comments, [Some("selected (B1): server web-1".to_owned()), None, None]);
+    // Nobody else asks why.
+    let (left, _right) = MemoryDevice::pair(1500, 8);
+    left.send_because(&segment(1), || panic!("nobody records it")).await.unwrap();
 }
 
 #[test]

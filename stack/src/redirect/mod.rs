@@ -11,6 +11,7 @@ mod numbers;
 pub(crate) mod reply;
 mod server;
 mod token;
+mod words;
 
 pub use client::{
     Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, OnRedirect, PathId,
