@@ -241,17 +241,19 @@ async fn carry<D: Device>(
     let mut buffer = BytesMut::new();
     let mut left = 0;
     loop {
-        let (waited, received) = at_once_or_waiting(main.recv(&mut buffer)).await;
-        let offload = match received {
-            Ok(offload) => offload,
-            Err(error) => return error,
-        };
-        if receiver.has_changed().unwrap_or(false) {
+        let (waited, received) = next(main, &mut buffer, &mut receiver).await;
+        // Also when no packet comes: devices of servers that have gone are open until they are let go here.
+        if received.is_none() || receiver.has_changed().unwrap_or(false) {
             let next = Arc::clone(&receiver.borrow_and_update());
             memory.follow(&active.balancer, &next.balancer);
             active = next;
             left = 0;
         }
+        let offload = match received {
+            Some(Ok(offload)) => offload,
+            Some(Err(error)) => return error,
+            None => continue,
+        };
         if waited || left == 0 {
             active.balancer.advance(clock.now());
             active.balancer.set_clock(clock.wall());
@@ -262,12 +264,19 @@ async fn carry<D: Device>(
     }
 }
 
-/// The future's result, and whether it had to be waited for.
-async fn at_once_or_waiting<T>(future: impl Future<Output = T>) -> (bool, T) {
-    let mut future = std::pin::pin!(future);
-    match std::future::poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await {
-        Poll::Ready(result) => (false, result),
-        Poll::Pending => (true, future.await),
+/// Whether it had to be waited for, and the next packet; none if what decides has been replaced first.
+async fn next<D: Device, T>(
+    main: &D,
+    buffer: &mut BytesMut,
+    receiver: &mut watch::Receiver<T>,
+) -> (bool, Option<io::Result<Offload>>) {
+    let mut receiving = std::pin::pin!(main.recv(buffer));
+    match std::future::poll_fn(|cx| Poll::Ready(receiving.as_mut().poll(cx))).await {
+        Poll::Ready(result) => (false, Some(result)),
+        Poll::Pending => tokio::select! {
+            result = receiving => (true, Some(result)),
+            Ok(()) = receiver.changed() => (true, None),
+        },
     }
 }
 

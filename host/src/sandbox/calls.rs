@@ -71,7 +71,6 @@ const FILES: &[i64] = &[
     libc::SYS_flock,
     libc::SYS_mkdirat,
     libc::SYS_unlinkat,
-    libc::SYS_renameat,
     libc::SYS_renameat2,
     libc::SYS_getdents64,
 ];
@@ -111,7 +110,9 @@ const OLDER: &[i64] = &[
     libc::SYS_unlink,
     libc::SYS_rename,
 ];
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+const OLDER: &[i64] = &[libc::SYS_renameat];
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 const OLDER: &[i64] = &[];
 
 /// Kinds of sockets: the control socket's, health checks' and the proxy's, netlink.

@@ -17,7 +17,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use caps::{CapSet, Capability, CapsHashSet};
 use landlock::{
@@ -43,35 +43,49 @@ fn cannot(action: impl Into<String>) -> impl FnOnce(&dyn fmt::Display) -> Sandbo
     |reason| SandboxError { action: action.into(), reason: reason.to_string() }
 }
 
-/// What the daemon of this process keeps open for its sandbox.
+/// What the daemons of this process keep open for their sandboxes; empty without one.
 ///
 /// A rule of Landlock is about an inode. Below /proc inodes are made anew when the kernel has forgotten a path, which
 /// it does not while the path is open.
-static ENTERED: OnceLock<Vec<PathFd>> = OnceLock::new();
+static KEPT_OPEN: Mutex<Vec<PathFd>> = Mutex::new(Vec::new());
+
+fn kept_open() -> MutexGuard<'static, Vec<PathFd>> {
+    KEPT_OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Enforced {
+    /// The capabilities that are left.
+    pub capabilities: CapsHashSet,
+    /// The version of Landlock that the kernel has, if it has any.
+    pub landlock: Option<i32>,
+    /// Whether system calls are filtered.
+    pub seccomp: bool,
+}
 
 /// Gives up what `policy` does not grant, for the calling thread and those it starts from now on. Log lines say what
 /// is in force, and what this kernel does not have.
 ///
 /// # Errors
 /// The kernel refuses what it has: the daemon must not go on as if it were contained.
-pub fn enter(policy: &Policy) -> Result<(), SandboxError> {
+pub fn enter(policy: &Policy) -> Result<Enforced, SandboxError> {
     nix::sys::prctl::set_no_new_privs().map_err(|error| cannot("give up new privileges")(&error))?;
     // Before capabilities are dropped: the files may be in a folder that is closed to root without them.
-    let (files, pinned) = restrict_files(policy)?;
+    let (landlock, pinned) = restrict_files(policy)?;
     let capabilities = drop_capabilities(policy)?;
-    let calls = restrict_calls(policy)?;
-    let _ = ENTERED.set(pinned);
+    let seccomp = restrict_calls(policy)?;
+    kept_open().extend(pinned);
     for Grant { right, reason } in policy.grants() {
         tracing::debug!("the sandbox leaves {right}: {reason}");
     }
-    let left = names(&capabilities);
-    tracing::info!(capabilities = left, landlock = files, seccomp = calls, "sandboxed");
-    Ok(())
+    tracing::info!(capabilities = names(&capabilities), landlock, seccomp, "sandboxed");
+    Ok(Enforced { capabilities, landlock, seccomp })
 }
 
 /// Behind an error about a file: what it may have to do with the sandbox.
 pub fn hint(error: &io::Error) -> &'static str {
-    if error.kind() == io::ErrorKind::PermissionDenied && ENTERED.get().is_some() {
+    if error.kind() == io::ErrorKind::PermissionDenied && !kept_open().is_empty() {
         " (the sandbox only lets the daemon read the folders that its files were in when it was started: restart it)"
     } else {
         ""
@@ -84,23 +98,23 @@ fn names(capabilities: &CapsHashSet) -> String {
     names.join(" ")
 }
 
-/// Landlock; says how far it goes, and gives what has to stay open.
-fn restrict_files(policy: &Policy) -> Result<(String, Vec<PathFd>), SandboxError> {
+/// Landlock; says its version, and gives what has to stay open.
+fn restrict_files(policy: &Policy) -> Result<(Option<i32>, Vec<PathFd>), SandboxError> {
     let failed = |reason: &dyn fmt::Display| cannot("restrict files by Landlock")(reason);
     let open = |(path, access)| PathFd::new(path).map(|open| (open, access)).map_err(|error| failed(&error));
     let open: Vec<_> = policy.grants().iter().filter_map(access).map(open).collect::<Result<_, _>>()?;
     let status = landlock(policy, &open).map_err(|error| failed(&error))?;
-    let said = match status {
-        LandlockStatus::Available { effective_abi, .. } => format!("version {}", effective_abi as i32),
+    let version = match status {
+        LandlockStatus::Available { effective_abi, .. } => Some(effective_abi as i32),
         LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => {
             tracing::warn!(
                 "this kernel has no Landlock (or does not enable it: lsm=landlock,...): files and TCP ports stay open to \
                  the daemon as far as its user's rights go"
             );
-            "none".to_owned()
+            None
         }
     };
-    Ok((said, open.into_iter().map(|(path, _)| path).collect()))
+    Ok((version, open.into_iter().map(|(path, _)| path).collect()))
 }
 
 fn landlock(policy: &Policy, files: &[(PathFd, BitFlags<AccessFs>)]) -> Result<LandlockStatus, RulesetError> {
@@ -189,14 +203,14 @@ fn missing(policy: &Policy, had: &CapsHashSet) -> Vec<(Capability, &'static str)
 }
 
 /// Seccomp; says whether it is in force.
-fn restrict_calls(policy: &Policy) -> Result<&'static str, SandboxError> {
+fn restrict_calls(policy: &Policy) -> Result<bool, SandboxError> {
     let action = "restrict system calls by seccomp";
     let Some(filters) = calls::filters(policy).map_err(|error| cannot(action)(&error))? else {
         tracing::warn!(
             "the system calls of this kind of processor ({}) are not known here: all stay open to the daemon",
             std::env::consts::ARCH
         );
-        return Ok("off");
+        return Ok(false);
     };
     for filter in filters {
         match seccompiler::apply_filter(&filter) {
@@ -205,12 +219,12 @@ fn restrict_calls(policy: &Policy) -> Result<&'static str, SandboxError> {
                 tracing::warn!(
                     "this kernel has no seccomp ({error}): all system calls stay open to the daemon"
                 );
-                return Ok("off");
+                return Ok(false);
             }
             Err(error) => return Err(cannot(action)(&error)),
         }
     }
-    Ok("on")
+    Ok(true)
 }
 
 /// `seccomp(2)`: not built in (`EINVAL`, `ENOSYS`).
