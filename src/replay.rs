@@ -13,7 +13,6 @@ use shunt_captures::{Comparison, Ladder, Learned, Reader, Replay, Role, Row, Sen
 use shunt_host::{Source, role_of};
 use shunt_stack::redirect::{ClientConfig, Continuation, OnRedirect, ServerConfig, VipConfig};
 use shunt_stack::time::WallClock;
-use shunt_stack::wire::DEFAULT_EXID;
 
 use crate::EXIT_USAGE;
 
@@ -65,6 +64,10 @@ pub(crate) struct ReplayArgs {
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
 
+    /// Experiment identifier of the option, where no --config says it.
+    #[arg(long, value_name = "NUMBER", value_parser = exid, default_value = "0x5244", conflicts_with = "config")]
+    exid: u16,
+
     /// Draw connections as ladder diagrams instead of a line a packet.
     #[arg(long, conflicts_with = "json")]
     ladder: bool,
@@ -85,6 +88,14 @@ pub(crate) struct ReplayArgs {
     #[arg(long, value_name = "EXPECT", num_args = 0..=1)]
     #[allow(clippy::option_option, reason = "an option whose value may be left out")]
     diff: Option<Option<PathBuf>>,
+}
+
+/// A number of 16 bits, decimal or with 0x.
+fn exid(text: &str) -> Result<u16, std::num::ParseIntError> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u16::from_str_radix(digits, 16),
+        None => text.parse(),
+    }
 }
 
 /// Replays; exit code 1 if what is printed is not what is expected, 2 for a mistake of the user's.
@@ -162,7 +173,7 @@ fn progress(size: Option<u64>) -> ProgressBar {
 fn role(arguments: &ReplayArgs) -> anyhow::Result<Role> {
     match (&arguments.config, arguments.role) {
         (Some(config), role) => configured(config, role),
-        (None, None) => Ok(Role::Wire { exid: DEFAULT_EXID }),
+        (None, None) => Ok(Role::Wire { exid: arguments.exid }),
         (None, Some(As::Balancer)) => {
             anyhow::bail!("a balancer decides by its configuration: add -c FILE")
         }
@@ -171,7 +182,7 @@ fn role(arguments: &ReplayArgs) -> anyhow::Result<Role> {
                 anyhow::bail!("what comes by standard input cannot be read twice: add -c FILE");
             }
             let mut reader = Reader::open(&arguments.file).with_context(|| named(&arguments.file))?;
-            learned(&Learned::of(&mut reader, DEFAULT_EXID), role)
+            learned(&Learned::of(&mut reader, arguments.exid), role, arguments.exid)
         }
     }
 }
@@ -198,7 +209,7 @@ fn configured(path: &Path, role: Option<As>) -> anyhow::Result<Role> {
     })
 }
 
-fn learned(learned: &Learned, role: As) -> anyhow::Result<Role> {
+fn learned(learned: &Learned, role: As, exid: u16) -> anyhow::Result<Role> {
     if learned.left_out > 0 {
         eprintln!("{} addresses and services of the capture are too many: add -c FILE", learned.left_out);
     }
@@ -212,7 +223,7 @@ fn learned(learned: &Learned, role: As) -> anyhow::Result<Role> {
         anyhow::bail!("no packet of the capture tells which port stands for which: add -c FILE");
     }
     if role == As::Server {
-        return Ok(Role::server(ServerConfig { services, mtu: MTU, ..ServerConfig::default() }));
+        return Ok(Role::server(ServerConfig { exid, services, mtu: MTU, ..ServerConfig::default() }));
     }
     let vip = |address: &std::net::IpAddr| VipConfig {
         address: *address,
@@ -220,7 +231,7 @@ fn learned(learned: &Learned, role: As) -> anyhow::Result<Role> {
         on_redirect: OnRedirect::Hint,
     };
     let vips = learned.vips.iter().map(vip).collect();
-    Ok(Role::client(ClientConfig { vips, mtu: MTU, ..ClientConfig::default() }))
+    Ok(Role::client(ClientConfig { exid, vips, mtu: MTU, ..ClientConfig::default() }))
 }
 
 /// Where lines go.
@@ -351,6 +362,7 @@ fn report(tally: &Tally, took: Duration) {
         (tally.troubles, "places of the file cannot be read"),
         (tally.backwards, "packets come before an earlier one by their time"),
         (tally.left_out, "packets were too many to be compared"),
+        (tally.forgotten, "connections were too many to be remembered"),
     ];
     for (count, what) in counts.into_iter().filter(|(count, _)| *count > 0) {
         eprintln!("{count} {what}");

@@ -336,7 +336,7 @@ fn n6_a_capture_of_real_connections_is_read_alike() {
         .collect();
     assert_eq!(seen, expected);
     // Beside packets with which something was decided stands what.
-    let comments = tshark(&file, "pkt_comment", &["pkt_comment"]);
+    let comments = tshark(&file, "frame.comment", &["frame.comment"]);
     let redirected = comments.iter().filter(|line| line[0].contains("goes on at 4100")).count();
     assert_eq!(redirected, 20, "{comments:?}");
     // Replay makes of what came in what went out.

@@ -90,6 +90,14 @@ fn n6_what_a_capture_tells_stands_in_for_a_configuration() {
 }
 
 #[test]
+fn n6_the_identifier_of_the_option_may_be_another() {
+    let name = "reconnect-wire-v6.pcap";
+    let other = replay(&[&path(name), "--exid", "0x1234"]);
+    assert!(!stdout(&other).contains("[R C]") && stdout(&other).contains(" SYN\n"), "{}", stdout(&other));
+    assert_eq!(stdout(&replay(&[&path(name), "--exid", "21060"])), stdout(&replay(&[&path(name)])));
+}
+
+#[test]
 fn n6_json_is_an_object_a_packet() {
     let output = replay(&[&path("reconnect-balancer-v6.pcapng"), "-c", &path("balancer.toml"), "--json"]);
     let rows: Vec<serde_json::Value> =

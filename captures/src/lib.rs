@@ -20,6 +20,7 @@ mod role;
 mod row;
 mod rules;
 mod svg;
+mod track;
 mod write;
 
 pub use describe::Summary;
@@ -33,4 +34,5 @@ pub use replay::{Replay, Tally};
 pub use role::Role;
 pub use row::{Decision, Row, Sent};
 pub use rules::{Violation, violations};
+pub use track::Sequence;
 pub use write::SentWriter;

@@ -429,3 +429,110 @@ fn foreign(first: [u8; 4]) -> OpenError {
     };
     OpenError::Foreign { what, advice }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketBlock;
+    use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionBlock;
+    use pcap_file::pcapng::blocks::packet::PacketBlock;
+    use pcap_file::pcapng::blocks::simple_packet::SimplePacketBlock;
+    use pcap_file::pcapng::{PcapNgBlock, PcapNgWriter};
+
+    use super::*;
+
+    fn read(bytes: &[u8]) -> Vec<Result<Record, Trouble>> {
+        let mut reader = Reader::new(bytes).unwrap();
+        std::iter::from_fn(|| reader.next_record()).collect()
+    }
+
+    fn writer() -> PcapNgWriter<Vec<u8>> {
+        let mut writer = PcapNgWriter::new(Vec::new()).unwrap();
+        for (link, snaplen) in [(DataLink::RAW, 0), (DataLink::ETHERNET, 60)] {
+            writer.write_block(&InterfaceDescriptionBlock::new(link, snaplen).into_block()).unwrap();
+        }
+        writer
+    }
+
+    fn enhanced(
+        seconds: u64,
+        data: &'static [u8],
+        options: Vec<EnhancedPacketOption<'static>>,
+    ) -> Block<'static> {
+        let (timestamp, original_len) = (Duration::from_secs(seconds), data.len() as u32 + 7);
+        let data = Cow::Borrowed(data);
+        EnhancedPacketBlock { interface_id: 1, timestamp, original_len, data, options }.into_block()
+    }
+
+    #[test]
+    fn every_kind_of_packet_block_is_read() {
+        let mut writer = writer();
+        let options = vec![EnhancedPacketOption::Flags(2), EnhancedPacketOption::DropCount(3)];
+        writer.write_block(&enhanced(9, b"one", options)).unwrap();
+        let simple = SimplePacketBlock { original_len: 4, data: Cow::Borrowed(b"four") };
+        writer.write_block(&simple.into_block()).unwrap();
+        let old = PacketBlock {
+            interface_id: 0,
+            drop_count: 5,
+            timestamp: Duration::from_secs(11),
+            original_len: 6,
+            data: Cow::Borrowed(b"eleven"),
+            options: Vec::new(),
+        };
+        writer.write_block(&old.into_block()).unwrap();
+        let bytes = writer.into_inner();
+        let mut reader = Reader::new(bytes.as_slice()).unwrap();
+        let mut next = || reader.next_record().unwrap().unwrap();
+        let (one, two, three) = (next(), next(), next());
+        assert_eq!((one.number, one.time.as_secs(), one.original_len), (1, 9, 10));
+        assert_eq!(
+            (one.link, one.direction, &one.data[..]),
+            (DataLink::ETHERNET, Some(Direction::Out), &b"one"[..])
+        );
+        // Without a time of its own it has that of the packet before.
+        assert_eq!(
+            (two.number, two.time.as_secs(), two.link, &two.data[..]),
+            (2, 9, DataLink::RAW, &b"four"[..])
+        );
+        assert_eq!((three.number, three.time.as_secs(), &three.data[..]), (3, 11, &b"eleven"[..]));
+        assert!(one.offset < two.offset && two.offset < three.offset);
+        assert!(reader.next_record().is_none());
+        assert_eq!((reader.missing(), reader.offset()), (8, bytes.len() as u64));
+    }
+
+    #[test]
+    fn a_block_that_is_wrong_is_passed_over_and_told_with_its_place() {
+        let mut writer = writer();
+        for second in 0..3 {
+            writer.write_block(&enhanced(second, b"data", Vec::new())).unwrap();
+        }
+        let mut bytes = writer.into_inner();
+        let places: Vec<u64> = read(&bytes).into_iter().map(|record| record.unwrap().offset).collect();
+        // The interface of the second.
+        bytes[places[1] as usize + 8] = 9;
+        let all = read(&bytes);
+        assert!(all[0].is_ok() && all[2].is_ok() && all.len() == 3, "{all:?}");
+        let trouble = all[1].as_ref().unwrap_err();
+        assert_eq!((trouble.number, trouble.offset, trouble.fatal), (2, places[1], false));
+        let text = trouble.to_string();
+        assert!(text.starts_with("packet 2, byte ") && text.contains("interface"), "{text}");
+        assert_eq!(all[2].as_ref().unwrap().number, 3);
+        // Its length: where the next begins nobody knows.
+        bytes[places[1] as usize + 4] ^= 4;
+        let all = read(&bytes);
+        assert!(all.len() == 2 && all[1].as_ref().unwrap_err().fatal, "{all:?}");
+    }
+
+    #[test]
+    fn a_fraction_of_a_second_that_is_none_and_a_length_that_lies_are_put_up_with() {
+        let head: [u32; 6] = [0xa1b2_c3d4, 0x0004_0002, 0, 0, 0, 0xf000_0000 | 101];
+        // Microseconds beyond a second; more captured than there was.
+        let record: [u32; 5] = [7, 2_000_000, 4, 2, 0x4545_4545];
+        let bytes: Vec<u8> = head.iter().chain(&record).flat_map(|word| word.to_le_bytes()).collect();
+        let all = read(&bytes);
+        let record = all[0].as_ref().unwrap();
+        assert_eq!((record.time, record.original_len), (Duration::new(7, 999_999_000), 4));
+        assert_eq!(record.link, DataLink::RAW);
+    }
+}

@@ -14,6 +14,7 @@ use crate::read::{Record, Trouble};
 use crate::role::{Outcome, Role};
 use crate::row::{Decision, Row, Sent};
 use crate::rules::violations;
+use crate::track::Tracker;
 
 /// Deadlines that may fall between two packets; more are let pass without a row.
 const MAX_DEADLINES: usize = 1024;
@@ -45,6 +46,8 @@ pub struct Tally {
     pub sent: u64,
     /// Packets that it has sent and that were left out of the comparison because there were too many.
     pub left_out: u64,
+    /// Connections of a link that were too many to be remembered, the oldest.
+    pub forgotten: u64,
     /// By what was decided.
     pub decisions: BTreeMap<String, u64>,
 }
@@ -58,6 +61,7 @@ pub struct Replay {
     expected: VecDeque<Packet>,
     /// Whether the capture says which way packets went.
     directed: bool,
+    tracker: Tracker,
     tally: Tally,
 }
 
@@ -65,7 +69,8 @@ impl Replay {
     /// Through `role`.
     pub fn new(role: Role) -> Replay {
         let (expected, tally) = (VecDeque::new(), Tally::default());
-        Replay { role, origin: None, now: Duration::ZERO, expected, directed: false, tally }
+        let tracker = Tracker::default();
+        Replay { role, origin: None, now: Duration::ZERO, expected, directed: false, tracker, tally }
     }
 
     /// What it came to so far.
@@ -141,8 +146,13 @@ impl Replay {
             row.notes.push(format!("{} bytes of its end were not captured", frame.snapped));
         } else {
             let found = violations(&frame.packet, exid);
-            self.tally.violations += u64::from(!found.is_empty());
             row.notes.extend(found.iter().map(ToString::to_string));
+            // Where ends are replayed, or both of their sides were captured, segments are not those of one link.
+            let link = direction.is_none() && !self.role.decides();
+            let sequence = if link { self.tracker.packet(&frame.packet, exid) } else { None };
+            self.tally.forgotten = self.tracker.forgotten;
+            row.notes.extend(sequence.map(|sequence| sequence.to_string()));
+            self.tally.violations += u64::from(!found.is_empty() || sequence.is_some());
         }
         if direction == Some(Direction::Out) && self.role.decides() {
             self.compare(&frame.packet, row);
