@@ -24,6 +24,8 @@ const MAX_SEEN: usize = 65_536;
 const ENDED_AFTER: Duration = Duration::from_secs(600);
 /// Packets between two looks for ended connections.
 const BETWEEN_LOOKS: u32 = 16_384;
+/// How drivers count what they do not hand to their machine.
+const FOREIGN: &str = "foreign";
 /// The MTU of links, which a capture does not tell.
 const MTU: u32 = 1500;
 
@@ -195,7 +197,9 @@ impl ClientRole {
         let remote = self.vips.contains(&packet.source())
             || about_vip.is_some_and(|quoted| self.vips.contains(&quoted.destination));
         if !local && !remote {
-            return foreign();
+            let why = "it concerns no VIP".to_owned();
+            let decision = Some(Decision { name: FOREIGN.to_owned(), rule: Some("C12"), why });
+            return Outcome { decision, sent: vec![(NETWORK.to_owned(), packet)] };
         }
         self.free_ended(now);
         if let (true, Some(from), Some(to)) = (local, packet.source_socket(), packet.destination_socket())
@@ -249,7 +253,9 @@ impl ServerRole {
         } else if self.addresses.contains(&packet.source()) {
             (self.server.handle_local(now, &mut packet), Towards::Network)
         } else {
-            return foreign();
+            let why = "dropped: neither to nor from an address of the configuration".to_owned();
+            let decision = Some(Decision { name: FOREIGN.to_owned(), rule: None, why });
+            return Outcome { decision, sent: Vec::new() };
         };
         self.finish(now, Some((action, towards, packet)))
     }
@@ -263,11 +269,6 @@ impl ServerRole {
         let risen = risen(&mut self.before, self.server.counters());
         Outcome { decision: decision(action, &risen, &events, !sent.is_empty()), sent }
     }
-}
-
-fn foreign() -> Outcome {
-    let why = "neither to nor from an address of the configuration".to_owned();
-    Outcome { decision: Some(Decision { name: "foreign".to_owned(), rule: None, why }), sent: Vec::new() }
 }
 
 fn name_of(towards: Towards) -> String {
