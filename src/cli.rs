@@ -62,7 +62,7 @@ pub(crate) struct DaemonArgs {
     #[arg(short, long, value_name = "FILE")]
     pub(crate) config: PathBuf,
 
-    /// Write every packet that comes in and goes out to a pcapng file.
+    /// Write every packet that comes in and goes out to a pcapng file; comments say what was decided about it.
     #[arg(long, value_name = "FILE")]
     pub(crate) capture: Option<PathBuf>,
 

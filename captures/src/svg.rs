@@ -79,9 +79,9 @@ fn draw_arrow(picture: Document, arrow: &Arrow, y: usize, notes: usize) -> Docum
     let (from, to) = if arrow.up { (LEFT, far) } else { (far, LEFT) };
     let line = Line::new().set("x1", from).set("x2", to).set("y1", y).set("y2", y);
     let class = if arrow.note.contains("! ") { "note wrong" } else { "note" };
-    picture
+    let picture = picture
         .add(text(&time, MARGIN, y + 4, "note"))
         .add(line.set("marker-end", "url(#tip)"))
-        .add(text(&arrow.label, LEFT + 10, y - 4, ""))
-        .add(text(&arrow.note, notes, y + 4, class))
+        .add(text(&arrow.label, LEFT + 10, y - 4, ""));
+    if arrow.note.is_empty() { picture } else { picture.add(text(&arrow.note, notes, y + 4, class)) }
 }
