@@ -75,7 +75,9 @@ impl Ladder {
         if decision.is_some_and(|decision| matches!(decision.name.as_str(), "as replayed" | "not replayed")) {
             return;
         }
-        let mut notes: Vec<String> = decision.map(ToString::to_string).into_iter().collect();
+        // What merely passes needs no word.
+        let told = decision.filter(|decision| decision.name != "passed" || !decision.why.is_empty());
+        let mut notes: Vec<String> = told.map(ToString::to_string).into_iter().collect();
         notes.extend(row.notes.iter().map(|note| format!("! {note}")));
         let mut note = Some(notes.join(" "));
         let mut draw = |summary: &Summary| self.arrow(row.time, summary, note.take().unwrap_or_default());

@@ -526,7 +526,7 @@ mod tests {
 
     #[test]
     fn a_fraction_of_a_second_that_is_none_and_a_length_that_lies_are_put_up_with() {
-        let head: [u32; 6] = [0xa1b2_c3d4, 0x0004_0002, 0, 0, 0, 0xf000_0000 | 101];
+        let head: [u32; 6] = [0xa1b2_c3d4, 0x0004_0002, 0, 0, 0, 0xf000_0065];
         // Microseconds beyond a second; more captured than there was.
         let record: [u32; 5] = [7, 2_000_000, 4, 2, 0x4545_4545];
         let bytes: Vec<u8> = head.iter().chain(&record).flat_map(|word| word.to_le_bytes()).collect();

@@ -115,22 +115,22 @@ mod tests {
     const Y: u16 = 41_001;
     const SYN_ACK: TcpFlags = TcpFlags(0x12);
 
-    fn option(redirect: bool, confirm: bool, port: Option<u16>) -> Option<RedirectOption> {
-        Some(RedirectOption { redirect, confirm, port, ..RedirectOption::default() })
-    }
+    /// The option with R, C and P.
+    type Says = (bool, bool, Option<u16>);
 
     fn says(
         tracker: &mut Tracker,
         up: bool,
         port: u16,
         flags: TcpFlags,
-        option: Option<RedirectOption>,
+        option: Option<Says>,
     ) -> Option<Sequence> {
         let client: SocketAddr = "10.1.0.2:50000".parse().unwrap();
         let vip = SocketAddr::new("203.0.113.10".parse().unwrap(), port);
         let (from, to) = if up { (client, vip) } else { (vip, client) };
         let mut packet = Segment::bare(from, to, flags).emit();
-        if let Some(option) = option {
+        if let Some((redirect, confirm, port)) = option {
+            let option = RedirectOption { redirect, confirm, port, ..RedirectOption::default() };
             packet.insert_redirect(DEFAULT_EXID, &option, 1500).unwrap();
         }
         tracker.packet(&packet, DEFAULT_EXID)
@@ -140,10 +140,10 @@ mod tests {
     fn what_the_protocol_does_is_no_violation_and_going_back_is() {
         let mut tracker = Tracker::default();
         let mut on = |up, port, flags, option| says(&mut tracker, up, port, flags, option);
-        assert_eq!(on(true, X, TcpFlags::SYN, option(true, true, None)), None);
-        assert_eq!(on(false, X, SYN_ACK, option(false, true, Some(Y))), None);
-        assert_eq!(on(true, Y, TcpFlags::SYN, option(true, false, Some(X))), None);
-        assert_eq!(on(false, Y, SYN_ACK, option(false, true, None)), None);
+        assert_eq!(on(true, X, TcpFlags::SYN, Some((true, true, None))), None);
+        assert_eq!(on(false, X, SYN_ACK, Some((false, true, Some(Y)))), None);
+        assert_eq!(on(true, Y, TcpFlags::SYN, Some((true, false, Some(X)))), None);
+        assert_eq!(on(false, Y, SYN_ACK, Some((false, true, None))), None);
         assert_eq!(on(true, Y, TcpFlags::ACK, None), None);
         assert_eq!(on(true, X, TcpFlags::RST, None), None);
         let back = Some(Sequence::BackToX { asked: X, service: Y });
@@ -153,9 +153,9 @@ mod tests {
         assert_eq!(on(false, X, SYN_ACK, None), None);
         assert_eq!(on(true, X, TcpFlags::ACK, None), None);
         // A handover.
-        assert_eq!(on(true, X, TcpFlags::SYN, option(true, false, None)), None);
-        assert_eq!(on(false, X, SYN_ACK, option(false, true, Some(Y))), None);
-        assert_eq!(on(true, Y, TcpFlags::ACK, option(true, true, Some(X))), None);
+        assert_eq!(on(true, X, TcpFlags::SYN, Some((true, false, None))), None);
+        assert_eq!(on(false, X, SYN_ACK, Some((false, true, Some(Y)))), None);
+        assert_eq!(on(true, Y, TcpFlags::ACK, Some((true, true, Some(X)))), None);
         assert_eq!(on(true, X, TcpFlags::ACK, None), back);
     }
 
@@ -163,10 +163,10 @@ mod tests {
     fn a_syn_ack_without_c_is_pointed_at() {
         let mut tracker = Tracker::default();
         let mut on = |up, port, flags, option| says(&mut tracker, up, port, flags, option);
-        on(true, X, TcpFlags::SYN, option(true, true, None));
+        on(true, X, TcpFlags::SYN, Some((true, true, None)));
         assert_eq!(on(false, X, SYN_ACK, None), Some(Sequence::Unconfirmed));
-        assert_eq!(on(false, X, SYN_ACK, option(true, true, None)), Some(Sequence::Unconfirmed));
-        on(true, Y, TcpFlags::SYN, option(true, false, Some(X)));
+        assert_eq!(on(false, X, SYN_ACK, Some((true, true, None))), Some(Sequence::Unconfirmed));
+        on(true, Y, TcpFlags::SYN, Some((true, false, Some(X))));
         assert_eq!(on(false, Y, SYN_ACK, None), Some(Sequence::UnconfirmedService));
         // Of another port than the latest SYN's: late, and no answer to it.
         assert_eq!(on(false, X, SYN_ACK, None), None);
