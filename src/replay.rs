@@ -26,16 +26,17 @@ const MTU: usize = 1500;
 /// What help adds.
 pub(crate) const HELP: &str = "\
 Examples:
-  shunt replay web.pcapng                                 what each option says, and what is against the rules
-  shunt replay balancer.pcapng -c balancer.toml           what the balancer decides about each packet, and why
-  shunt replay client.pcapng --as client --ladder         handshakes as diagrams; VIPs as the capture tells them
-  shunt replay web.pcapng --svg web.svg                   the same as a picture
-  shunt replay a.pcapng -c b.toml > a.pcapng.expect       keep what it says ...
-  shunt replay a.pcapng -c b.toml --diff                  ... and compare: exit code 1 where it differs
+  shunt replay web.pcapng                         what options say, and what is against the rules
+  shunt replay lb.pcapng -c balancer.toml         what the balancer decides, and why
+  shunt replay c.pcapng --as client --ladder      diagrams; VIPs as the capture tells them
+  shunt replay web.pcapng --svg web.svg           the same as a picture
+  shunt replay a.pcapng -c b.toml > a.pcapng.expect
+  shunt replay a.pcapng -c b.toml --diff          exit code 1 where it says something else now
 
-A capture made by --capture of a daemon says which packets came in and which went out: the former are replayed, the
-latter compared with what the replay sends. In other captures all packets are replayed. Secret keys are not those of the
-daemon: what a `random` policy selects, and sequence numbers of answers, may differ.";
+A capture made by --capture of a daemon says which packets came in and which went out: the former
+are replayed, the latter compared with what the replay sends. In other captures all packets are
+replayed. Secret keys are not those of the daemon: what a `random` policy selects, and sequence
+numbers of answers, may differ. All servers count as healthy, and all services as listened on.";
 
 /// What packets are replayed through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
