@@ -136,6 +136,29 @@ fn n6_connections_are_drawn_as_ladders_and_as_a_picture() {
     assert!(svg.contains("FIN [C P=41002]") && svg.contains("Z :41002"), "{svg}");
 }
 
+/// One connection, seen on the link, in the shim, in the balancer and at the server: the same arrows.
+#[test]
+fn n6_a_connection_is_drawn_alike_wherever_it_was_captured() {
+    let arrows = |name: &str, config: Option<&str>| -> Vec<String> {
+        let config = config.map(path);
+        let file = path(name);
+        let mut arguments = vec![file.as_str(), "--ladder"];
+        arguments.extend(config.iter().flat_map(|config| ["-c", config]));
+        let output = replay(&arguments);
+        let arrow = |line: &str| Some(line[line.find('│')?..=line.rfind('│')? + 2].to_owned());
+        stdout(&output).lines().skip(2).filter_map(arrow).collect()
+    };
+    for family in ["v4", "v6"] {
+        let link = arrows(&format!("reconnect-wire-{family}.pcap"), None);
+        assert_eq!(link.len(), 12, "{link:?}");
+        for place in ["client", "balancer", "server"] {
+            let config = format!("{place}.toml");
+            let seen = arrows(&format!("reconnect-{place}-{family}.pcapng"), Some(&config));
+            assert_eq!(seen, link, "{place} {family}");
+        }
+    }
+}
+
 #[test]
 fn n6_what_would_have_been_sent_is_written_with_its_decision() {
     let dir = tempfile::tempdir().expect("a folder");
