@@ -69,10 +69,20 @@ fn all_up(net: &Net) -> String {
     net.balancer_config(|_| Some("up"))
 }
 
-/// Transfers of both families and ways, slow enough to last some seconds.
+/// Transfers of both families and ways, under way and slow enough to last some seconds.
 fn start_slow(net: &Net, file: &TestFile) -> Vec<Transfer> {
     let kinds = Family::BOTH.into_iter().flat_map(|family| Way::BOTH.map(|way| (family, way)));
-    kinds.map(|(family, way)| net.start_transfer(family, way, file, &["--limit-rate", "4M"])).collect()
+    let start = |(family, way)| net.start_transfer(family, way, file, &["--limit-rate", "4M"]);
+    let running: Vec<Transfer> = kinds.map(start).collect();
+    let open = || {
+        let sockets = net.client.tcp_sockets().expect("sockets can be listed");
+        let of_curl = |socket: &shunt_lab::TcpSocket| {
+            socket.state == shunt_lab::TcpState::Established && socket.remote.port() == WEB
+        };
+        sockets.iter().filter(|socket| of_curl(socket)).count()
+    };
+    wait_for("a connection of each", net, || open() >= running.len());
+    running
 }
 
 fn finish_all(net: &Net, running: Vec<Transfer>, what: &str) {

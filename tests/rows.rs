@@ -1,4 +1,4 @@
-//! `ROWS.md` and `CONFORMANCE.md` name tests and files that exist, and leave nothing out.
+//! `ROWS.md`, `CONFORMANCE.md` and `PEERS_BUGS.md` name tests and files that exist, and leave nothing out.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -60,16 +60,27 @@ fn check_tests(row: &str, cell: &str) {
     }
 }
 
-#[test]
-fn every_row_names_tests_that_exist() {
-    let text = include_str!("ROWS.md");
+/// The first cells of tables of three columns, whose last ones name tests.
+fn rows_with_tests(text: &str) -> BTreeSet<&str> {
     let mut known = BTreeSet::new();
     for cells in rows(text, "") {
         let [row, _, tests] = cells[..] else { panic!("not three cells: {cells:?}") };
         assert!(known.insert(row), "{row} stands twice");
         check_tests(row, tests);
     }
+    known
+}
+
+#[test]
+fn every_row_names_tests_that_exist() {
+    let known = rows_with_tests(include_str!("ROWS.md"));
     assert!(known.len() > 20, "rows were not read: {known:?}");
+}
+
+#[test]
+fn every_bug_of_peers_names_tests_that_exist() {
+    let known = rows_with_tests(include_str!("PEERS_BUGS.md"));
+    assert_eq!(known.len(), 12, "bugs were not read: {known:?}");
 }
 
 /// Whether the text speaks of the rule: `C1` is not in `C10`.

@@ -7,6 +7,7 @@ mod fragments;
 mod health;
 mod icmp;
 mod packets;
+mod peers;
 mod properties;
 mod rules;
 mod tokens;

@@ -268,6 +268,33 @@ fn ipv6_extension_headers_are_walked_within_a_bound() {
 }
 
 #[test]
+fn no_ports_are_read_but_those_of_the_header_that_has_them() {
+    let tcp = linux_syn("[2001:db8::1]:5", "[2001:db8::2]:6").bytes()[40..].to_vec();
+    // Reads as ports 1 and 2 to whoever takes it for TCP.
+    let forged: &[u8] = &[0, 1, 0, 2, 0, 0, 0, 0];
+    // The length of an authentication header counts in four bytes, and without the first two of them.
+    let authentication: Vec<u8> = [&[51, 0, 4, 0, 0][..], forged, forged, &[0; 4]].concat();
+    let packet = parse(&with_extension_headers(&[&authentication], 6, &tcp)).unwrap();
+    assert_eq!(packet.ports(), Some((5, 6)));
+    // What is encrypted, nothing at all, mobility: what follows has no ports for us.
+    for upper in [50, 59, 135, 139, 255] {
+        let body = [forged, &tcp].concat();
+        assert_eq!(parse(&with_extension_headers(&[], upper, &body)).unwrap().ports(), None, "{upper}");
+    }
+    // Options that are larger than the packet, and a header that says it follows itself.
+    let large: &[u8] = &[60, 0, 255, 1, 4, 0, 0, 0, 0];
+    assert!(matches!(parse(&with_extension_headers(&[large], 6, &tcp)), Err(ParseError::Truncated { .. })));
+    let itself: &[u8] = &[60, 0, 0, 1, 4, 0, 0, 0, 0];
+    assert!(parse(&with_extension_headers(&[itself; 200], 60, &[])).is_err());
+    // A fragment within a fragment.
+    let first: &[u8] = &[44, 0, 0, 0, 1, 0, 0, 0, 9];
+    assert!(matches!(
+        parse(&with_extension_headers(&[first, first], 6, &tcp)),
+        Err(ParseError::HeaderLength(_))
+    ));
+}
+
+#[test]
 fn fragments_show_ports_only_in_the_first() {
     let tcp = linux_syn("[2001:db8::1]:5", "[2001:db8::2]:6").bytes()[40..].to_vec();
     let first: &[u8] = &[44, 0, 0, 0, 1, 0, 0, 0, 9];

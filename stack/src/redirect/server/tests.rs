@@ -487,7 +487,8 @@ fn w1_malformed_options_are_ignored_and_counted() {
     let (client, vip) = sockets()[0];
     let mut server = Server::new(config(vip));
     let bare = Segment::bare(client, SocketAddr::new(vip, X), TcpFlags::SYN);
-    let bad: [&[u8]; 5] = [
+    let bad: [&[u8]; 6] = [
+        &[253, 8, 0x52, 0x44, 1, 0, 0, 0, 8, 0, 1, 1],
         &[253, 8, 0x52, 0x44, 0x41, 0, 0, 0],
         &[253, 8, 0x52, 0x44, 0x21, 0, 0, 0],
         &[253, 8, 0x52, 0x44, 0x05, 0, 0, 0],
@@ -498,7 +499,13 @@ fn w1_malformed_options_are_ignored_and_counted() {
         let packet = Segment { options, ..bare }.emit();
         assert_eq!(remote(&mut server, packet.clone()), (Action::Pass, packet));
     }
-    assert_eq!((server.counters().bad_options, server.counters().plain_syns), (5, 5));
+    assert_eq!((server.counters().bad_options, server.counters().plain_syns), (6, 6));
+    // A list that ends in front of it has none of ours.
+    for options in [[253, 0, 0x52, 0x44], [8, 0, 1, 1]] {
+        let packet = Segment { options: &options, ..bare }.emit();
+        assert_eq!(remote(&mut server, packet.clone()), (Action::Pass, packet));
+    }
+    assert_eq!((server.counters().bad_options, server.counters().plain_syns), (6, 8));
     assert_eq!(server.half_open_count(), 0);
 }
 
@@ -587,7 +594,13 @@ fn i2_an_error_about_a_moved_syn_ack_quotes_what_the_local_tcp_sent() {
         let quoted = turned.icmp().unwrap().quoted().unwrap();
         assert_eq!(SocketAddr::new(quoted.source, quoted.source_port), service);
         assert!(turned.checksum_ok());
-        assert_eq!(server.counters().icmp_turned, 1);
+        // Old routers quote no more than eight bytes of the segment.
+        let moved = syn_ack(asked, client);
+        let short = icmp_error_quoting(vip, &moved.bytes()[..moved.transport_offset() + 8]);
+        let (_, turned) = remote(&mut server, short);
+        assert_eq!(turned.icmp().unwrap().quoted().unwrap().source_port, service.port());
+        assert!(turned.checksum_ok());
+        assert_eq!(server.counters().icmp_turned, 2);
         // Of SYN-ACKs that were not moved nothing is turned.
         let _ = remote(&mut server, syn(client, service, Some(at_service())));
         let packet = error();
@@ -614,11 +627,15 @@ fn a_reload_keeps_half_open_connections_and_listening_states() {
 
 /// An ICMP error to `vip` that quotes `packet`.
 fn icmp_error(vip: IpAddr, packet: &Packet) -> Packet {
+    icmp_error_quoting(vip, packet.bytes())
+}
+
+fn icmp_error_quoting(vip: IpAddr, quote: &[u8]) -> Packet {
     use crate::wire::checksum::Sum;
     let router: IpAddr =
         if vip.is_ipv4() { [192, 0, 2, 1].into() } else { [0x2001u16, 0xdb8, 9, 0, 0, 0, 0, 1].into() };
     let mut message = if vip.is_ipv4() { vec![3, 1, 0, 0, 0, 0, 0, 0] } else { vec![1, 3, 0, 0, 0, 0, 0, 0] };
-    message.extend_from_slice(packet.bytes());
+    message.extend_from_slice(quote);
     let length = message.len();
     let sum = Sum::new().add(&message);
     let sum = if vip.is_ipv4() { sum } else { sum.add_pseudo_header(router, vip, 58, length) };

@@ -363,6 +363,12 @@ fn i2_packet_too_big_is_translated_for_the_local_tcp() {
         let quoted = up.icmp().unwrap().quoted().unwrap();
         assert_eq!((quoted.destination_port, quoted.source_port), (X, w.local.port()));
         assert_eq!(up.icmp().unwrap().mtu(), Some(1280));
+        // Old routers quote no more than eight bytes of the segment.
+        let error = w.icmp_quoting(&sent.bytes()[..sent.transport_offset() + 8], Some(1280));
+        let up = w.remote(error).unwrap();
+        let quoted = up.icmp().unwrap().quoted().unwrap();
+        assert_eq!((quoted.destination_port, quoted.source_port), (X, w.local.port()));
+        assert!(up.checksum_ok());
     }
 }
 
@@ -382,6 +388,22 @@ fn continuation_plain_asks_nothing() {
     let syn = w.syn(ISS, TSVAL);
     assert_eq!(w.local(syn.clone()), Some(syn));
     assert_eq!(w.client.flow_count(), 0);
+}
+
+#[test]
+fn w1_options_of_length_zero_count_as_none() {
+    let valid = [253, 8, 0x52, 0x44, 2, 0, 0, 0];
+    let lists =
+        [(vec![253, 0, 0x52, 0x44], 0), (vec![8, 0, 1, 1], 0), ([&valid[..], &[8, 0, 1, 1]].concat(), 1)];
+    for (options, counted) in lists {
+        let mut w = world(Continuation::Auto);
+        w.open();
+        let bare = Segment::bare(w.vip, w.local, TcpFlags::SYN | TcpFlags::ACK);
+        let packet = Segment { seq: IRS, ack: ISS + 1, options: &options, ..bare }.emit();
+        assert!(w.remote(packet).is_none());
+        assert_eq!(w.client.counters().malformed_options, counted);
+        assert_eq!(ports(&w.sent_one(Towards::Network)).1, X);
+    }
 }
 
 #[test]

@@ -155,6 +155,11 @@ impl World {
 
     /// An ICMP error of a router about `packet`; `mtu` makes it packet-too-big.
     fn icmp_about(&self, packet: &Packet, mtu: Option<u16>) -> Packet {
+        self.icmp_quoting(&packet.bytes()[..packet.len().min(120)], mtu)
+    }
+
+    /// The same with the quoted bytes.
+    fn icmp_quoting(&self, quote: &[u8], mtu: Option<u16>) -> Packet {
         let (kind, code) = match (self.local.is_ipv4(), mtu.is_some()) {
             (true, true) => (3, 4),
             (true, false) => (3, 1),
@@ -163,7 +168,7 @@ impl World {
         };
         let mut message = vec![kind, code, 0, 0, 0, 0];
         message.extend(mtu.unwrap_or(0).to_be_bytes());
-        message.extend_from_slice(&packet.bytes()[..packet.len().min(120)]);
+        message.extend_from_slice(quote);
         let router: IpAddr =
             if self.local.is_ipv4() { "192.0.2.1" } else { "2001:db8:ffff::1" }.parse().unwrap();
         crate::wire::icmp_message(router, self.local.ip(), &message)
