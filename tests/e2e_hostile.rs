@@ -166,7 +166,7 @@ fn fragment(source: SocketAddr, identification: u16, offset: u16, more: bool, pa
     let mut packet = vec![0x45, 0];
     packet.extend((20 + payload.len() as u16).to_be_bytes());
     packet.extend(identification.to_be_bytes());
-    packet.extend((offset / 8 | u16::from(more) << 13).to_be_bytes());
+    packet.extend(((offset / 8) | (u16::from(more) << 13)).to_be_bytes());
     packet.extend([64, 6, 0, 0]);
     packet.extend(source.octets());
     packet.extend(VIP4.parse::<Ipv4Addr>().expect("an address").octets());

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -31,7 +32,7 @@ fn traces(host: &Host) -> String {
     let mut numbered = String::new();
     for (at, line) in lines.iter().enumerate() {
         let same = lines[..at].iter().rev().take_while(|before| *before == line).count();
-        numbered.push_str(&format!("{line} #{same}\n"));
+        let _ = writeln!(numbered, "{line} #{same}");
     }
     numbered
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use shunt_host::control::{ControlError, Server};
-use shunt_host::sandbox::{self, Confined, Policy, SandboxError};
+use shunt_host::sandbox::{self, SandboxError};
 use shunt_host::{DEFAULT_STATE_DIR, Host, HostError, Role, nft_available};
 use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice};
 use shunt_stack::wire::{Offload, Packet, ParseError};
@@ -25,7 +25,7 @@ use crate::config::{Config, ForwardMode};
 use crate::connections::Connections;
 use crate::connectors::{Connectors, without_the_missing};
 use crate::health::{Monitor, Transition};
-use crate::host::{Devices, ServerDevice, changes, device_name, main_mtu};
+use crate::host::{Devices, ServerDevice, changes, confinement, device_name, main_mtu};
 use crate::tunnel::{Hops, Tunnels, look};
 use crate::{Balancer, DropReason, LoadError, Memory, Output, Route, SelectKey, Snapshot, Unfit};
 
@@ -151,7 +151,7 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     let RunOptions { capture, ready, config_path, state_dir, handle, control_socket, sandbox } = options;
-    let told = Told { ready, handle, sandbox };
+    let told = Told { sandbox, ready, handle };
     let state_dir = state_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR));
     let path = config_path.unwrap_or_else(|| config.path.clone());
     let places = Places { path, state_dir, control_socket };
@@ -197,7 +197,10 @@ async fn serve<D: Device + 'static>(
     open: impl Fn(&str) -> io::Result<D>,
 ) -> Result<(), Error> {
     let hangups = signal(SignalKind::hangup()).map_err(Error::Signal)?;
-    let confined = told.sandbox.then(|| confinement(&config, &places));
+    let confined = told.sandbox.then(|| {
+        let socket = config.control.at(places.control_socket.clone()).socket;
+        confinement(&config, &places.path, &places.state_dir, socket)
+    });
     let mut daemon = Daemon::start(config, places, open).await?;
     if let Some(Err(error)) = confined.map(|policy| sandbox::enter(&policy)) {
         daemon.stop().await?;
@@ -220,14 +223,6 @@ async fn serve<D: Device + 'static>(
     };
     let closed = daemon.stop().await;
     result.and(closed)
-}
-
-/// What is left to the balancer once it runs.
-fn confinement(config: &Config, places: &Places) -> Policy {
-    let daemon = Confined::Balancer { devices: config.forward.uses_devices() };
-    let socket = config.control.at(places.control_socket.clone()).socket;
-    let (config, keys) = (places.path.clone(), config.token_file.clone());
-    Policy::of(&daemon, &sandbox::Places { config, keys, state_dir: places.state_dir.clone(), socket })
 }
 
 /// Reads, decides, writes. The time is told at the begin of each batch: packets that were there without waiting.

@@ -15,8 +15,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 
 use shunt_host::change::{LOCAL, Link, MAIN, Route, Rule, Sysctl};
+use shunt_host::sandbox::{self, Confined, Policy};
 use shunt_host::{
     Change, Divert, Family, HostError, PacketKind, PacketMatch, PortRange, Prefix, QuotedMatch, SegmentMatch,
     Transport, query,
@@ -291,6 +293,13 @@ impl Devices {
     fn names(&self) -> impl Iterator<Item = &str> {
         std::iter::once(&self.main).chain(self.servers.iter().map(|device| &device.name)).map(String::as_str)
     }
+}
+
+/// What is left to the balancer once it runs.
+pub(crate) fn confinement(config: &Config, path: &Path, state_dir: &Path, socket: Option<PathBuf>) -> Policy {
+    let (keys, state_dir) = (config.token_file.clone(), state_dir.to_owned());
+    let places = sandbox::Places { config: path.to_owned(), keys, state_dir, socket };
+    Policy::of(&Confined::Balancer { devices: config.forward.uses_devices() }, &places)
 }
 
 /// The MTU of the device that packets come from.
