@@ -165,8 +165,9 @@ pub(super) enum Phase {
     Asking,
     /// SYN sent to the service port (`C5`).
     Reconnecting { service_port: u16, interval: Duration, repeats: u8, direct: Option<bool> },
-    /// SYN without the option sent to X at `since` (`C2`, `C6`); `rejected` is the ISN of the SYN-ACK that was refused.
-    Plain { reason: PlainReason, since: Instant, rejected: Option<SeqNumber> },
+    /// SYN without the option sent to X at `since` (`C2`, `C6`), and repeated since; `rejected` is the ISN of the SYN-ACK
+    /// that was refused.
+    Plain { reason: PlainReason, since: Instant, repeats: u8, rejected: Option<SeqNumber> },
     /// SYN-ACK passed up; waiting for a sign of the service port (`C10`).
     HandingOver(Handover),
 }

@@ -16,6 +16,8 @@ pub(super) const ROUND_TRIPS: u32 = 3;
 /// A SYN-ACK with a refused ISN counts as the answer to a plain SYN only for so long: then the first server's own
 /// retransmission, due a second after its first SYN-ACK (RFC 6298), could be taken for it.
 const SAME_SERVER_WINDOW: Duration = Duration::from_millis(900);
+/// Plain SYNs repeated in vain after which it counts nevertheless: another server would have answered one of them.
+const SAME_SERVER_REPEATS: u8 = 2;
 
 /// What a SYN-ACK from X or Y asks for.
 enum Answer {
@@ -203,10 +205,11 @@ impl Client {
                         flow.state = State::Attempt(attempt);
                         return Action::Drop;
                     }
-                    attempt.phase = Phase::Plain { reason: PlainReason::Silence, since: now, rejected: None };
+                    let reason = PlainReason::Silence;
+                    attempt.phase = Phase::Plain { reason, since: now, repeats: 0, rejected: None };
                 }
             }
-            Phase::Plain { ref mut since, .. } => *since = now,
+            Phase::Plain { ref mut repeats, .. } => *repeats = repeats.saturating_add(1),
             // C5: later SYNs of the local TCP go to Y as well.
             Phase::Reconnecting { service_port, .. } => {
                 *packet = self.service_syn(&flow.key, &attempt, service_port);
@@ -415,7 +418,7 @@ impl Client {
             return;
         }
         self.transmit(Towards::Network, attempt.syn.clone());
-        attempt.phase = Phase::Plain { reason, since: now, rejected };
+        attempt.phase = Phase::Plain { reason, since: now, repeats: 0, rejected };
         flow.timer = None;
         flow.state = State::Attempt(attempt);
         self.set_service(flow, None);
@@ -429,10 +432,11 @@ impl Client {
         attempt: Box<Attempt>,
         packet: &mut Packet,
     ) -> Action {
-        let Phase::Plain { reason, since, rejected } = attempt.phase else { return Action::Drop };
+        let Phase::Plain { reason, since, repeats, rejected } = attempt.phase else { return Action::Drop };
         let Some(tcp) = packet.tcp() else { return Action::Drop };
         let irs = tcp.seq();
-        let late = rejected == Some(irs) && now.since(since) > SAME_SERVER_WINDOW;
+        let late =
+            rejected == Some(irs) && now.since(since) > SAME_SERVER_WINDOW && repeats < SAME_SERVER_REPEATS;
         let marked = self.option(&tcp).is_some_and(|option| option.confirm);
         if late || marked {
             // An answer to a SYN that had R, from a server that our ACK to X would not reach.

@@ -126,8 +126,7 @@ impl Client {
         }
         let key = FlowKey { local, vip: from };
         match self.flows.get(&key).map(|flow| &flow.state) {
-            // C12: what belongs to no flow passes unchanged.
-            None | Some(State::Gone) => Action::Pass,
+            None | Some(State::Gone) => self.on_stranger(packet),
             Some(State::Direct { irs }) => {
                 if tcp.is_syn_ack() && tcp.seq() != *irs {
                     self.counters.stray_syn_acks += 1;
@@ -149,6 +148,21 @@ impl Client {
                 client.on_attempt_remote(now, flow, attempt, packet)
             }),
         }
+    }
+
+    /// C12: what belongs to no flow passes unchanged, but for the redirect that an earlier run asked for: the local TCP
+    /// would answer it at X, where the balancer leads to another server. It will ask again.
+    fn on_stranger(&mut self, packet: &Packet) -> Action {
+        let Some(tcp) = packet.tcp().filter(|tcp| tcp.is_syn_ack()) else { return Action::Pass };
+        if !self.vips.contains_key(&packet.source()) {
+            return Action::Pass;
+        }
+        let redirects = self.option(&tcp).is_some_and(|option| option.confirm && option.port.is_some());
+        if redirects {
+            self.counters.stray_syn_acks += 1;
+            return Action::Drop;
+        }
+        Action::Pass
     }
 
     fn on_service_segment(

@@ -91,6 +91,24 @@ fn c2_the_same_server_may_answer_both_syns() {
 }
 
 #[test]
+fn c2_a_server_that_repeats_itself_is_no_answer_to_a_repeated_syn_until_that_has_been_in_vain_twice() {
+    let mut w = world(Continuation::Auto);
+    w.open();
+    let plain = w.syn_ack(X, IRS, None);
+    assert!(w.remote(plain.clone()).is_none());
+    w.sent_one(Towards::Network);
+    // That SYN, or its answer, is lost; the local TCP repeats it just before the refused server repeats itself.
+    for passed_up in [false, true] {
+        w.pass(Duration::from_secs(1));
+        let again = w.syn(ISS, TSVAL);
+        assert_eq!(w.local(again.clone()), Some(again));
+        w.pass(Duration::from_millis(80));
+        assert_eq!(w.remote(plain.clone()).is_some(), passed_up);
+    }
+    assert_eq!(w.client.counters().stray_syn_acks, 1);
+}
+
+#[test]
 fn c2_an_echoed_option_is_no_redirect() {
     let mut w = world(Continuation::Auto);
     let mut option = w.open();

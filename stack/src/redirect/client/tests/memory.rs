@@ -82,6 +82,21 @@ fn c12_flows_are_freed_with_their_sockets_and_survive_a_restart() {
 }
 
 #[test]
+fn c12_a_redirect_that_an_earlier_run_asked_for_is_not_passed_up() {
+    let mut w = world(Continuation::Auto);
+    let redirect = w.redirect(Y, Some(w.local));
+    assert!(w.remote(redirect).is_none());
+    assert_eq!(w.client.counters().stray_syn_acks, 1);
+    // The local TCP asks again; what says nothing of a redirect is not ours to judge.
+    w.open();
+    let mut other = world(Continuation::Auto);
+    for option in [None, Some(confirm())] {
+        let answer = other.syn_ack(X, IRS, option);
+        assert_eq!(other.remote(answer.clone()), Some(answer));
+    }
+}
+
+#[test]
 fn a_new_iss_on_the_same_ports_begins_anew() {
     let mut w = world(Continuation::Auto);
     w.reconnect(Some(w.local));
