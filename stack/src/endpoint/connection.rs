@@ -271,6 +271,10 @@ impl Connection {
 
     /// A segment of the peer.
     pub(super) fn receive(&mut self, now: Instant, packet: &Packet, tx: &mut Vec<BytesMut>, pool: &mut Pool) {
+        if self.would_forget_fin(packet) {
+            self.heard = now;
+            return;
+        }
         let before = self.state();
         let opened = self.windows.keep_open(packet);
         let bytes = opened.as_deref().unwrap_or(packet.bytes());
@@ -289,6 +293,18 @@ impl Connection {
             let refused = before == State::SynSent;
             self.fail(if refused { ConnectionError::Refused } else { ConnectionError::Reset });
         }
+    }
+
+    /// Whether a segment only says again what the peer lacks, which is our FIN. Three of these make smoltcp retransmit,
+    /// of which it does nothing where there is no data, and stop the timer that would have repeated the FIN.
+    fn would_forget_fin(&self, packet: &Packet) -> bool {
+        let waits = matches!(self.state(), State::FinWait1 | State::Closing | State::LastAck)
+            && self.socket().send_queue() == 0;
+        let (true, Some(tcp), Some(numbers)) = (waits, packet.tcp(), self.numbers()) else { return false };
+        let bare = tcp.payload().is_empty()
+            && tcp.flags().contains(TcpFlags::ACK)
+            && !tcp.flags().intersects(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST);
+        bare && tcp.ack() == numbers.snd_una && tcp.seq() == numbers.rcv_nxt
     }
 
     /// See [`Windows::put_right`].

@@ -137,6 +137,28 @@ fn s6_only_a_service_that_is_listened_on_is_redirected_to() {
 }
 
 #[test]
+fn a_lost_fin_is_repeated_however_often_the_peer_says_what_it_has() {
+    let mut server = server();
+    let mut now = Instant::ZERO;
+    let (snd_nxt, _) = establish(&mut server, now, Y);
+    let id = server.accept(now, at(Y)).unwrap();
+    server.release(now, id);
+    assert!(flags(&output(&mut server, now)[0]).contains(TcpFlags::FIN));
+    for _ in 0..4 {
+        now += Duration::from_millis(100);
+        assert!(input(&mut server, now, &segment(Y, TcpFlags::ACK, 101, snd_nxt.0)).is_empty());
+    }
+    for _ in 0..3 {
+        now += Duration::from_secs(10);
+        let again = output(&mut server, now);
+        assert!(again.len() == 1 && flags(&again[0]).contains(TcpFlags::FIN), "{again:?}");
+    }
+    input(&mut server, now, &segment(Y, TcpFlags::FIN | TcpFlags::ACK, 101, snd_nxt.0 + 1));
+    output(&mut server, now + Duration::from_secs(60));
+    assert!(server.is_drained());
+}
+
+#[test]
 fn a_new_incarnation_takes_the_place_of_one_in_time_wait() {
     let mut server = server();
     let now = Instant::ZERO;
