@@ -78,9 +78,10 @@ struct Asked {
     from: u16,
     to: SocketAddr,
     until: Instant,
-    /// Bytes written and received so far, and since when there were no more.
+    /// Bytes written and received so far.
     seen: (u64, u64),
-    quiet_since: Instant,
+    /// Since when there were no more, with all acknowledged.
+    quiet_since: Option<Instant>,
 }
 
 /// The next part's connection, not yet confirmed.
@@ -146,7 +147,10 @@ impl Stream {
         }
         let asked = self.asked?;
         match self.move_at {
-            MoveAt::Idle(time) => Some(asked.until.min(asked.quiet_since + time)),
+            MoveAt::Idle(time) => {
+                let idle = asked.quiet_since.map(|since| since + time);
+                Some(idle.map_or(asked.until, |idle| idle.min(asked.until)))
+            }
             _ => Some(asked.until),
         }
     }
@@ -268,7 +272,7 @@ impl Connections {
             return;
         }
         if let Some(stream) = self.streams.get_mut(&head) {
-            stream.asked = Some(Asked { from, to, until, seen, quiet_since: now });
+            stream.asked = Some(Asked { from, to, until, seen, quiet_since: None });
             stream.event(MoveEvent::Asked { from, to });
         }
         self.due.push(head);
@@ -331,7 +335,9 @@ impl Connections {
         let Some(stream) = self.streams.get_mut(&head) else { return };
         let Some(connection) = stream.back().and_then(|id| self.connections.get(&id)) else { return };
         let seen = (connection.written, connection.received());
-        let quiet_since = if seen == asked.seen { asked.quiet_since } else { now };
+        // Who waits for acknowledgements in order to write on is not idle.
+        let quiet = seen == asked.seen && connection.all_acknowledged();
+        let quiet_since = quiet.then(|| asked.quiet_since.unwrap_or(now));
         stream.asked = Some(Asked { seen, quiet_since, ..asked });
         let over = stream.shut || stream.at_end || connection.failure.is_some() || !connection.is_open();
         if over {
@@ -343,7 +349,7 @@ impl Connections {
             let here = match stream.move_at {
                 MoveAt::Immediately => true,
                 MoveAt::Boundary => connection.boundary == connection.written,
-                MoveAt::Idle(time) => connection.all_acknowledged() && quiet_since + time <= now,
+                MoveAt::Idle(time) => quiet_since.is_some_and(|since| since + time <= now),
             };
             if here {
                 self.open_part(now, head, asked);
