@@ -139,13 +139,17 @@ impl Artist {
         ];
         let boxed =
             self.scenario == Scenario::Middlebox || self.scenario == Scenario::Chaos && self.one_in(3);
+        let close_by = if self.one_in(3) { CloseBy::Reset } else { CloseBy::Fin };
+        let pause = self.millis(50..=500);
+        // A reset takes answers under way along: only the program knows that there are none.
+        let idle = close_by == CloseBy::Fin && self.rng.bool();
         ClientPlan {
             kind,
             v4,
             continuation: self.continuation(),
             on_redirect: if moves { OnRedirect::Follow } else { OnRedirect::Hint },
-            move_at: if self.rng.bool() { MoveAt::Boundary } else { MoveAt::Idle(self.millis(50..=500)) },
-            close_by: if self.one_in(3) { CloseBy::Reset } else { CloseBy::Fin },
+            move_at: if idle { MoveAt::Idle(pause) } else { MoveAt::Boundary },
+            close_by,
             buffer: self.buffer(),
             mtu: [1500, 1500, 1280, 9000][self.rng.usize(0..4)],
             up: self.quality(),
