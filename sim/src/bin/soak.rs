@@ -20,9 +20,9 @@ struct Arguments {
     /// The first of them
     #[arg(long, default_value_t = 0)]
     first: u64,
-    /// Streams in each world [default: 3 to 12, by the seed]
-    #[arg(long)]
-    flows: Option<usize>,
+    /// Streams in each world, 50,000 at the most [default: 3 to 12, by the seed]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=50_000))]
+    flows: Option<u32>,
     /// Seconds of virtual time in which they begin [default: 1 to 20, by the seed]
     #[arg(long)]
     seconds: Option<u64>,
@@ -100,7 +100,7 @@ struct Run {
 impl Run {
     fn options(&self, seed: u64) -> Options {
         let Arguments { flows, seconds, scenario, .. } = self.arguments;
-        Options { seed, scenario, flows, seconds }
+        Options { seed, scenario, flows: flows.map(|flows| flows as usize), seconds }
     }
 
     /// One thread's part.

@@ -30,14 +30,20 @@ pub(super) enum Standing {
 /// One version of the tables.
 #[derive(Debug)]
 pub(super) struct Tables {
+    /// Later versions have larger numbers.
+    version: u64,
     config: Config,
     /// The server at each place of the configuration.
     order: Vec<usize>,
 }
 
 impl Tables {
+    pub(super) fn version(&self) -> u64 {
+        self.version
+    }
+
     /// The tables in which these servers have these standings and weights.
-    pub(super) fn new(plan: &Plan, servers: &[(Standing, u32)]) -> Rc<Tables> {
+    pub(super) fn new(version: u64, plan: &Plan, servers: &[(Standing, u32)]) -> Rc<Tables> {
         let forward = match plan.forward {
             Forward::Network => "network",
             Forward::Direct => "direct",
@@ -71,7 +77,7 @@ impl Tables {
             }
         }
         let config = Config::parse(&Source::new("world.toml", text)).expect("a configuration of known form");
-        Rc::new(Tables { config, order })
+        Rc::new(Tables { version, config, order })
     }
 }
 
@@ -147,9 +153,12 @@ impl Balancers {
         self.nodes[index] = self.node(tables);
     }
 
-    /// Takes other tables over, as after SIGHUP.
+    /// Takes other tables over, as after SIGHUP, unless it has later ones.
     pub(super) fn reload(&mut self, index: usize, tables: &Rc<Tables>) {
         let node = &mut self.nodes[index];
+        if tables.version <= node.tables.version {
+            return;
+        }
         let next = node.balancer.successor(&tables.config);
         node.memory.follow(&node.balancer, &next);
         (node.balancer, node.tables) = (next, Rc::clone(tables));

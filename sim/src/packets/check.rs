@@ -284,10 +284,22 @@ impl Ledger {
         }
     }
 
-    /// The first error that more than `handovers_failed` of a client's explain.
-    pub(super) fn unexplained(&self, client: usize, handovers_failed: u64) -> Option<&Violation> {
-        let errors = self.unexplained.get(&client)?;
-        errors.get(usize::try_from(handovers_failed).unwrap_or(usize::MAX))
+    /// The first error of a client's that neither a failed handover (C10) nor a refused SYN-ACK explains: after that, a
+    /// plain connect may take the refused server's repetition for its answer (C2), and meet another server.
+    pub(super) fn unexplained(
+        &self,
+        client: usize,
+        handovers_failed: u64,
+        refusals: u64,
+    ) -> Option<&Violation> {
+        let (mut handovers, mut refusals) = (handovers_failed, refusals);
+        self.unexplained.get(&client)?.iter().find(|error| {
+            let plain = matches!(error, Violation::Broken { redirected: None, answered: 0, .. });
+            let left = if plain && refusals > 0 { &mut refusals } else { &mut handovers };
+            let explained = *left > 0;
+            *left = left.saturating_sub(1);
+            !explained
+        })
     }
 
     pub(super) fn count(&self, outcome: Outcome) -> u64 {

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use shunt_stack::redirect::OnRedirect;
+
 use super::balancers::Standing;
 use super::check::Violation;
-use super::plan::{Deed, ServerPlan};
+use super::plan::{Deed, FlowPlan, ServerPlan};
 use super::world::{Event, World};
 
 impl World {
@@ -69,7 +71,11 @@ impl World {
     fn kill(&mut self, index: usize, seconds: u64) {
         self.servers[index].dead = true;
         let server = index as u16;
-        self.ledger.excuse(false, |_, _, state| state.last.is_none_or(|(of, _)| of == server));
+        // A stream that may move may have its latest part there, and have said nothing yet.
+        let clients = &self.plan.clients;
+        let moves = |plan: &FlowPlan| clients[plan.client].on_redirect == OnRedirect::Follow;
+        self.ledger
+            .excuse(false, |_, plan, state| moves(plan) || state.last.is_none_or(|(of, _)| of == server));
         self.schedule.at(self.now + Duration::from_secs(seconds), Event::Leave(index, true));
     }
 }

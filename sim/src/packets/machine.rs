@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use shunt_stack::endpoint::Connections;
 use shunt_stack::redirect::{
-    Action, Client, ClientConfig, ClientEvent, FlowRecord, Server, ServerConfig, Towards,
+    Action, Client, ClientConfig, ClientCounters, ClientEvent, FlowRecord, Server, ServerConfig, Towards,
 };
 use shunt_stack::time::Instant;
 use shunt_stack::wire::{Offload, Packet};
@@ -33,7 +33,8 @@ pub(super) struct Shim {
     vip: IpAddr,
     look: Instant,
     saved: Vec<FlowRecord>,
-    handovers_failed: u64,
+    /// What earlier runs counted.
+    earlier: Vec<ClientCounters>,
 }
 
 /// A server's machine beside a TCP.
@@ -45,7 +46,7 @@ pub(super) struct Agent {
 impl Shim {
     pub(super) fn new(config: ClientConfig, vip: IpAddr) -> Shim {
         let client = Client::new(config.clone());
-        Shim { client, config, vip, look: Instant::ZERO, saved: Vec::new(), handovers_failed: 0 }
+        Shim { client, config, vip, look: Instant::ZERO, saved: Vec::new(), earlier: Vec::new() }
     }
 }
 
@@ -230,7 +231,7 @@ impl Machine {
         if let Beside::Shim(shim) = &mut self.beside
             && self.up
         {
-            shim.handovers_failed += shim.client.counters().handovers_failed;
+            shim.earlier.push(shim.client.counters().clone());
             shim.saved = shim.client.flows().collect();
             shim.saved.sort_by_key(|flow| (flow.local, flow.vip));
         }
@@ -263,12 +264,22 @@ impl Machine {
         !matches!(self.beside, Beside::Nothing)
     }
 
+    /// A number that its redirect machine has counted, in all of its runs.
+    fn counted(&self, of: fn(&ClientCounters) -> u64) -> u64 {
+        match &self.beside {
+            Beside::Shim(shim) => shim.earlier.iter().chain([shim.client.counters()]).map(of).sum(),
+            _ => self.tcp.redirect_client().map_or(0, |client| of(client.counters())),
+        }
+    }
+
     /// Handovers that ended in a reset of their connection (C10).
     pub(super) fn handovers_failed(&self) -> u64 {
-        match &self.beside {
-            Beside::Shim(shim) => shim.handovers_failed + shim.client.counters().handovers_failed,
-            _ => self.tcp.redirect_client().map_or(0, |client| client.counters().handovers_failed),
-        }
+        self.counted(|counters| counters.handovers_failed)
+    }
+
+    /// SYN-ACKs refused for a plain connect (C2).
+    pub(super) fn refusals(&self) -> u64 {
+        self.counted(|counters| counters.plain_unconfirmed + counters.plain_echoed + counters.plain_refused)
     }
 
     /// What it still holds of connections; empty if nothing.

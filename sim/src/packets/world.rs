@@ -98,7 +98,7 @@ impl World {
             .iter()
             .map(|server| (if server.present { Standing::Up } else { Standing::Absent }, server.weight))
             .collect();
-        let tables = Tables::new(&plan, &standing);
+        let tables = Tables::new(0, &plan, &standing);
         let balancers = Balancers::new(&plan, &tables, rng.fork());
         let mut owners = BTreeMap::new();
         for (index, client) in plan.clients.iter().enumerate() {
@@ -379,7 +379,7 @@ impl World {
 
     /// Tells all balancers, one after the other, what has become of the servers.
     pub(super) fn change_tables(&mut self) {
-        self.tables = Tables::new(&self.plan, &self.standing);
+        self.tables = Tables::new(self.tables.version() + 1, &self.plan, &self.standing);
         self.ledger.excuse(true, |_, _, _| true);
         for index in 0..self.balancers.len() {
             let at = self.now + Duration::from_micros(self.rng.u64(0..=STAGGER.as_micros() as u64));
@@ -447,7 +447,9 @@ impl World {
 
     fn verdict(&self) -> Result<Summary, Violation> {
         for (index, host) in self.clients.iter().enumerate() {
-            if let Some(violation) = self.ledger.unexplained(index, host.machine.handovers_failed()) {
+            if let Some(violation) =
+                self.ledger.unexplained(index, host.machine.handovers_failed(), host.machine.refusals())
+            {
                 return Err(violation.clone());
             }
         }
