@@ -284,18 +284,19 @@ impl Ledger {
         }
     }
 
-    /// The first error of a client's that neither a failed handover (C10) nor a refused SYN-ACK explains: after that, a
-    /// plain connect may take the refused server's repetition for its answer (C2), and meet another server.
+    /// The first error of a client's that neither a failed handover (C10) nor a connect that fell back to plain
+    /// explains: its SYN with R may have left a server behind whose SYN-ACK, when it is repeated, looks like the answer
+    /// to the plain one (C2), and whose client meets another server.
     pub(super) fn unexplained(
         &self,
         client: usize,
         handovers_failed: u64,
-        refusals: u64,
+        fallbacks: u64,
     ) -> Option<&Violation> {
-        let (mut handovers, mut refusals) = (handovers_failed, refusals);
+        let (mut handovers, mut fallbacks) = (handovers_failed, fallbacks);
         self.unexplained.get(&client)?.iter().find(|error| {
             let plain = matches!(error, Violation::Broken { redirected: None, answered: 0, .. });
-            let left = if plain && refusals > 0 { &mut refusals } else { &mut handovers };
+            let left = if plain && fallbacks > 0 { &mut fallbacks } else { &mut handovers };
             let explained = *left > 0;
             *left = left.saturating_sub(1);
             !explained

@@ -35,6 +35,7 @@ impl World {
                 let at = after(millis);
                 if self.clients[index].machine.has_beside() {
                     self.clients[index].machine.stop_beside();
+                    self.excuse_handovers(index);
                     self.schedule.at(at, Event::ShimUp(index));
                 }
             }
@@ -65,6 +66,15 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// A handover that is not complete is taken over like a redirected connection, and watched no more (C10, C12): where
+    /// something in the path does not let it pass it ends by the TCP's own timer.
+    fn excuse_handovers(&mut self, client: usize) {
+        let plan = &self.plan.clients[client];
+        if plan.nat.is_some() || plan.middlebox.is_some() {
+            self.ledger.excuse(true, |_, plan, state| plan.client == client && state.last.is_none());
+        }
     }
 
     /// A server is gone. What it had is lost, and what nobody else has heard of yet may have been its.

@@ -277,9 +277,12 @@ impl Machine {
         self.counted(|counters| counters.handovers_failed)
     }
 
-    /// SYN-ACKs refused for a plain connect (C2).
-    pub(super) fn refusals(&self) -> u64 {
-        self.counted(|counters| counters.plain_unconfirmed + counters.plain_echoed + counters.plain_refused)
+    /// Connects that went on plainly after SYNs with R (C2, C6).
+    pub(super) fn fallbacks(&self) -> u64 {
+        self.counted(|counters| {
+            let refused = counters.plain_unconfirmed + counters.plain_echoed + counters.plain_refused;
+            refused + counters.plain_silence + counters.plain_service_port
+        })
     }
 
     /// What it still holds of connections; empty if nothing.

@@ -448,7 +448,7 @@ impl World {
     fn verdict(&self) -> Result<Summary, Violation> {
         for (index, host) in self.clients.iter().enumerate() {
             if let Some(violation) =
-                self.ledger.unexplained(index, host.machine.handovers_failed(), host.machine.refusals())
+                self.ledger.unexplained(index, host.machine.handovers_failed(), host.machine.fallbacks())
             {
                 return Err(violation.clone());
             }
