@@ -304,7 +304,8 @@ impl Connection {
         let bare = tcp.payload().is_empty()
             && tcp.flags().contains(TcpFlags::ACK)
             && !tcp.flags().intersects(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST);
-        bare && tcp.ack() == numbers.snd_una && tcp.seq() == numbers.rcv_nxt
+        // What lies before RCV.NXT wants an answer: a keep-alive.
+        bare && tcp.ack() == numbers.snd_una && !tcp.seq().before(numbers.rcv_nxt)
     }
 
     /// See [`Windows::put_right`].
