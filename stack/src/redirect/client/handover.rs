@@ -74,6 +74,12 @@ impl Client {
     ) -> Action {
         let Phase::HandingOver(handover) = &mut attempt.phase else { return Action::Drop };
         let Some(tcp) = packet.tcp() else { return Action::Drop };
+        if tcp.ack() != attempt.iss + 1 {
+            // No answer to a SYN of this attempt: late, or forged by somebody who does not see it.
+            self.counters.stray_syn_acks += 1;
+            flow.state = State::Attempt(attempt);
+            return Action::Drop;
+        }
         if tcp.seq() != handover.irs {
             if !from_redirect_port {
                 self.fail(now, flow, &attempt, Failure::Answer);

@@ -153,7 +153,7 @@ impl Client {
     /// C12: what belongs to no flow passes unchanged, but for the redirect that an earlier run asked for: the local TCP
     /// would answer it at X, where the balancer leads to another server. It will ask again.
     fn on_stranger(&mut self, packet: &Packet) -> Action {
-        let Some(tcp) = packet.tcp().filter(|tcp| tcp.is_syn_ack()) else { return Action::Pass };
+        let Some(tcp) = packet.tcp().filter(TcpView::is_syn_ack) else { return Action::Pass };
         if !self.vips.contains_key(&packet.source()) {
             return Action::Pass;
         }

@@ -147,6 +147,19 @@ fn expect_failure(w: &mut World) {
 }
 
 #[test]
+fn c10_a_syn_ack_that_answers_no_syn_of_ours_ends_nothing() {
+    let mut w = direct_world();
+    w.hand_over();
+    for port in [X, Y] {
+        let flags = TcpFlags::SYN | TcpFlags::ACK;
+        let forged = w.segment(port, flags, IRS + 5000, ISS + 70_000, &[]);
+        assert!(w.remote(forged).is_none());
+        assert!(w.sent().is_empty());
+    }
+    assert_eq!((w.client.flow_count(), w.client.counters().stray_syn_acks), (1, 2));
+}
+
+#[test]
 fn c10_a_syn_ack_with_another_isn_ends_it_with_resets() {
     let mut w = direct_world();
     w.hand_over();
