@@ -84,6 +84,12 @@ pub enum Violation {
         /// What is wrong.
         what: String,
     },
+    /// A client has obeyed what was forged.
+    #[error("a client sends to port {port}, which only a forger has named")]
+    Misled {
+        /// The port.
+        port: u16,
+    },
     /// The world does not come to rest.
     #[error("{events} events, and no end")]
     Endless {

@@ -124,7 +124,7 @@ impl Artist {
 
     fn client(&mut self) -> ClientPlan {
         let v4 = self.rng.bool();
-        let moves = self.any(&[Scenario::Moves]);
+        let moves = self.any(&[Scenario::Moves, Scenario::Forgery]);
         let kind =
             if self.rng.bool() && self.scenario != Scenario::Moves { Kind::Beside } else { Kind::Endpoint };
         let nat = self

@@ -13,6 +13,7 @@ mod balancers;
 mod check;
 mod deeds;
 mod draw;
+mod forger;
 mod hosts;
 mod link;
 mod machine;

@@ -39,13 +39,15 @@ pub enum Scenario {
     Clocks,
     /// Servers that die.
     Deaths,
+    /// Somebody off the path who forges redirects, confirmations and resets.
+    Forgery,
     /// All of it.
     Chaos,
 }
 
 impl Scenario {
     /// All of them.
-    pub const ALL: [Scenario; 11] = [
+    pub const ALL: [Scenario; 12] = [
         Scenario::Clean,
         Scenario::Loss,
         Scenario::Nat,
@@ -56,6 +58,7 @@ impl Scenario {
         Scenario::Moves,
         Scenario::Clocks,
         Scenario::Deaths,
+        Scenario::Forgery,
         Scenario::Chaos,
     ];
 
@@ -72,6 +75,7 @@ impl Scenario {
             Scenario::Moves => "moves",
             Scenario::Clocks => "clocks",
             Scenario::Deaths => "deaths",
+            Scenario::Forgery => "forgery",
             Scenario::Chaos => "chaos",
         }
     }

@@ -275,8 +275,8 @@ impl ClientProgram {
             if record.flow != self.flow {
                 return Err(self.foreign(&format!("an answer to flow {}", record.flow)).into());
             }
-            let ledger = &mut world.ledger;
-            let known = ledger.answered(self.flow, record.number, (server, connection), record.length);
+            let by = (server, connection);
+            let known = world.ledger.answered(self.flow, record.number, by, record.length);
             known.map_err(|what| self.foreign(&what))?;
             self.answered += 1;
         }

@@ -131,7 +131,9 @@ mod tests {
     #[test]
     fn records_come_out_as_they_went_in_however_they_are_cut() {
         let mut bytes = Vec::new();
-        records().iter().for_each(|record| record.write(&mut bytes));
+        for record in records() {
+            record.write(&mut bytes);
+        }
         for step in [1, 7, 24, 10_000] {
             let (mut reader, mut out) = (Reader::default(), Vec::new());
             for chunk in bytes.chunks(step) {

@@ -57,16 +57,14 @@ impl Failure {
     /// What to type to see it again.
     pub fn command(&self) -> String {
         let Options { seed, flows, seconds, .. } = self.options;
-        let mut command = format!(
-            "cargo run --release -p shunt-sim --bin soak -- --seeds 1 --first {seed} --scenario {}",
-            self.scenario
-        );
-        for (name, value) in [("flows", flows.map(|flows| flows as u64)), ("seconds", seconds)] {
-            if let Some(value) = value {
-                command += &format!(" --{name} {value}");
-            }
-        }
-        command
+        let option =
+            |name: &str, value: Option<u64>| value.map_or_else(String::new, |it| format!(" --{name} {it}"));
+        format!(
+            "cargo run --release -p shunt-sim --bin soak -- --seeds 1 --first {seed} --scenario {}{}{}",
+            self.scenario,
+            option("flows", flows.map(|flows| flows as u64)),
+            option("seconds", seconds)
+        )
     }
 }
 

@@ -15,8 +15,9 @@ use siphasher::sip::SipHasher13;
 
 use super::balancers::{Balancers, Onward, Standing, Tables};
 use super::check::{Ledger, Outcome, Violation, checksums_ok, header_ok};
+use super::forger::{Forger, NOBODYS_PORT};
 use super::hosts::{ClientHost, ServerHost};
-use super::plan::{Deed, FlowPlan, Forward, Plan, REDIRECT_PORT, ServerPlan, vip};
+use super::plan::{Deed, FlowPlan, Forward, Plan, REDIRECT_PORT, Scenario, ServerPlan, vip};
 use super::program::PATIENCE;
 use super::report::Summary;
 use super::schedule::Schedule;
@@ -84,6 +85,7 @@ pub(super) struct World {
     packets: u64,
     events: u64,
     capture: Option<Capture>,
+    forger: Option<Forger>,
 }
 
 impl World {
@@ -100,6 +102,8 @@ impl World {
             .collect();
         let tables = Tables::new(0, &plan, &standing);
         let balancers = Balancers::new(&plan, &tables, rng.fork());
+        let forges = matches!(plan.scenario, Scenario::Forgery | Scenario::Chaos);
+        let forger = forges.then(|| Forger::new(rng.fork()));
         let mut owners = BTreeMap::new();
         for (index, client) in plan.clients.iter().enumerate() {
             owners.insert(client.public(index), Owner::Client(index));
@@ -133,6 +137,7 @@ impl World {
             packets: 0,
             events: 0,
             capture,
+            forger,
             plan,
         }
     }
@@ -162,10 +167,13 @@ impl World {
 
     fn happen(&mut self, event: Event) -> Result<(), Violation> {
         match event {
-            Event::Up(bytes) => self.core(bytes, true),
+            Event::Up(bytes) => {
+                self.forge(&bytes)?;
+                self.core(bytes, true)
+            }
             Event::Back(bytes) => self.core(bytes, self.plan.forward == Forward::Network),
-            Event::ToClient(index, bytes) => self.to_client(index, bytes),
-            Event::ToServer(index, bytes) => self.to_server(index, bytes),
+            Event::ToClient(index, bytes) => self.at_client(index, bytes),
+            Event::ToServer(index, bytes) => self.at_server(index, bytes),
             Event::Client(index) => {
                 self.clients[index].machine.wake = None;
                 self.serve_client(index)
@@ -236,6 +244,23 @@ impl World {
         Ok(())
     }
 
+    /// Lets the forger answer a client's packet, and sees that no client believes it.
+    fn forge(&mut self, bytes: &[u8]) -> Result<(), Violation> {
+        let (Some(forger), Ok(packet)) = (&mut self.forger, Packet::from_slice(bytes)) else { return Ok(()) };
+        let over = self.now > self.ledger.last_start() + LOOK;
+        if over || !checksums_ok(&packet) {
+            return Ok(());
+        }
+        if packet.ports().is_some_and(|(_, port)| port == NOBODYS_PORT) {
+            return Err(Violation::Misled { port: NOBODYS_PORT });
+        }
+        let client = self.owners.get(&packet.source()).copied();
+        if let (Some(Owner::Client(index)), Some(forged)) = (client, forger.answer(&packet)) {
+            self.towards_client(index, forged);
+        }
+        Ok(())
+    }
+
     fn towards_server(&mut self, index: usize, packet: Packet) {
         self.note("core", Direction::Out, packet.bytes());
         for (at, bytes) in self.servers[index].up.send(self.now, packet.into_buffer()).into_iter().flatten() {
@@ -251,7 +276,7 @@ impl World {
         }
     }
 
-    fn to_client(&mut self, index: usize, bytes: BytesMut) -> Result<(), Violation> {
+    fn at_client(&mut self, index: usize, bytes: BytesMut) -> Result<(), Violation> {
         let Some(bytes) = self.clients[index].inward(bytes) else { return Ok(()) };
         let name = std::mem::take(&mut self.clients[index].machine.name);
         self.note(&name, Direction::In, &bytes);
@@ -262,7 +287,7 @@ impl World {
         self.serve_client(index)
     }
 
-    fn to_server(&mut self, index: usize, bytes: BytesMut) -> Result<(), Violation> {
+    fn at_server(&mut self, index: usize, bytes: BytesMut) -> Result<(), Violation> {
         if self.servers[index].dead {
             return Ok(());
         }
@@ -391,7 +416,8 @@ impl World {
     /// A drained server leaves the tables if it has no connections, a dead one in any case.
     fn leave(&mut self, index: usize, dead: bool) {
         let server = &self.servers[index];
-        if !dead && !server.dead && !(server.machine.tcp.is_empty() && server.programs.is_empty()) {
+        let empty = server.machine.tcp.is_empty() && server.programs.is_empty();
+        if !(dead || server.dead || empty) {
             self.schedule.at(self.now + Duration::from_secs(1), Event::Leave(index, false));
             return;
         }
