@@ -72,8 +72,10 @@ enum Stage {
         repeats: u8,
         due: Instant,
     },
+    /// Since when, how often repeated, and the ISN of the SYN-ACK that was refused.
     Plain {
         since: Instant,
+        repeats: u8,
         refused: Option<u32>,
     },
     /// The connection is at this port.
@@ -136,11 +138,11 @@ impl Model {
                 to_network(Kind::Syn, X, Some(said))
             }
             Stage::Asking { repeated: true } => {
-                self.stage = Stage::Plain { since: self.now, refused: None };
+                self.stage = Stage::Plain { since: self.now, repeats: 0, refused: None };
                 plain
             }
-            Stage::Plain { refused, .. } => {
-                self.stage = Stage::Plain { since: self.now, refused };
+            Stage::Plain { since, repeats, refused } => {
+                self.stage = Stage::Plain { since, repeats: repeats + 1, refused };
                 plain
             }
             Stage::Reconnecting { port, .. } => self.service_syn(port),
@@ -159,7 +161,7 @@ impl Model {
 
     /// C2, C6.
     fn fall_back(&mut self, refused: Option<u32>) -> Output {
-        self.stage = Stage::Plain { since: self.now, refused };
+        self.stage = Stage::Plain { since: self.now, repeats: 0, refused };
         to_network(Kind::Syn, X, None)
     }
 
@@ -179,7 +181,10 @@ impl Model {
                 Kind::SynAck => self.answer(input),
                 _ => vec![to_tcp(kind, X, said)],
             },
-            // C12: what belongs to no flow.
+            // C12: what belongs to no flow passes, but for the redirect of an earlier run.
+            _ if kind == Kind::SynAck && said.is_some_and(|said| said.confirm && said.port.is_some()) => {
+                vec![]
+            }
             _ => vec![to_tcp(kind, from, said)],
         }
     }
@@ -189,8 +194,9 @@ impl Model {
         if !fits || !echoes {
             return vec![];
         }
-        if let Stage::Plain { since, refused } = self.stage {
-            let late = refused == Some(irs) && self.now.since(since) > Duration::from_millis(900);
+        if let Stage::Plain { since, repeats, refused } = self.stage {
+            let waited = self.now.since(since) > Duration::from_millis(900);
+            let late = refused == Some(irs) && waited && repeats < 2;
             if late || said.is_some_and(|said| said.confirm) {
                 return vec![];
             }
