@@ -20,7 +20,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 /// Packets of one attack, and the longest it lasts.
 const PACKETS: usize = 20_000;
-const LONGEST: Duration = Duration::from_secs(6);
+const LONGEST: Duration = Duration::from_secs(20);
 /// Connections of those who mean well during an attack, at least; of a hundred, one may fail.
 const CONNECTIONS: usize = 100;
 /// What a daemon's memory (`VmRSS`) may grow by in all attacks together: room for full tables of fragments and of

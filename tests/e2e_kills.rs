@@ -38,15 +38,15 @@ fn traces(host: &Host) -> String {
 }
 
 /// One daemon on its host.
-struct Victim<'a> {
+struct Victim {
     role: &'static str,
-    host: &'a Host,
+    host: Host,
     config: PathBuf,
     state: PathBuf,
     log: PathBuf,
 }
 
-impl Victim<'_> {
+impl Victim {
     fn start(&self) -> Child {
         let mut command = shunt();
         command.args(["-v", self.role, "-c"]).arg(&self.config).arg("--state-dir").arg(&self.state);
@@ -61,10 +61,10 @@ impl Victim<'_> {
 
     /// Starts and kills it; every other time while it is starting.
     fn kill_again_and_again(&self) {
-        let before = host_state(self.host);
+        let before = host_state(&self.host);
         let mut first = self.start();
         self.ready(&mut first);
-        let running = traces(self.host);
+        let running = traces(&self.host);
         first.kill().expect("it can be killed");
         for repeat in 1..KILLS {
             let mut daemon = self.start();
@@ -72,18 +72,18 @@ impl Victim<'_> {
                 thread::sleep(START * repeat / KILLS);
             } else {
                 self.ready(&mut daemon);
-                let now = traces(self.host);
+                let now = traces(&self.host);
                 assert_eq!(difference(&running, &now), "", "{} after {repeat} kills", self.role);
             }
             daemon.kill().expect("it can be killed");
         }
         let mut last = self.start();
         self.ready(&mut last);
-        assert_eq!(difference(&running, &traces(self.host)), "", "{}: the last one", self.role);
+        assert_eq!(difference(&running, &traces(&self.host)), "", "{}: the last one", self.role);
         let status = last.terminate(PATIENCE).expect("it ends");
         let log = last.log().expect("a log");
         assert!(status.success(), "{}: {status}\n{log}", self.role);
-        assert_eq!(difference(&before, &host_state(self.host)), "", "{}: left behind", self.role);
+        assert_eq!(difference(&before, &host_state(&self.host)), "", "{}: left behind", self.role);
         let left = files_below(&self.state);
         let expected = |path: &PathBuf| path.extension().is_some_and(|end| end == "lock");
         assert!(left.iter().all(expected), "{}: files left behind: {left:?}", self.role);
@@ -102,25 +102,32 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-#[test]
-fn after_any_number_of_kills_nothing_is_doubled_and_nothing_is_left() {
-    let net = Net::new(Options { servers: 1, start: false, ..Options::default() });
-    let files = [
-        ("balancer", &net.balancer, net.balancer_config(|_| Some("up"))),
-        ("server", &net.servers[0].host, net.agent_config(1, "")),
-        ("client", &net.client, net.client_config("auto")),
-    ];
-    let victims = files.map(|(role, host, text)| {
+fn kill_all(net: &Net, daemons: &[(&'static str, &Host, String)]) {
+    let victim = |(role, host, text): &(&'static str, &Host, String)| {
         let config = net.file(&format!("{role}.toml"));
         std::fs::write(&config, text).expect("a file can be written");
         let (state, log) = (net.file(&format!("{role}-state")), net.file(&format!("{role}.log")));
-        Victim { role, host, config, state, log }
-    });
+        Victim { role, host: (*host).clone(), config, state, log }
+    };
     let begun = Instant::now();
     thread::scope(|scope| {
-        for victim in &victims {
-            scope.spawn(|| victim.kill_again_and_again());
+        for daemon in daemons {
+            scope.spawn(|| victim(daemon).kill_again_and_again());
         }
     });
     println!("{KILLS} kills of each daemon in {:?}", begun.elapsed());
+}
+
+#[test]
+fn after_any_number_of_kills_nothing_is_doubled_and_nothing_is_left() {
+    let net = Net::new(Options { servers: 1, start: false, ..Options::default() });
+    let balancer = ("balancer", &net.balancer, net.balancer_config(|_| Some("up")));
+    let agent = ("server", &net.servers[0].host, net.agent_config(1, ""));
+    kill_all(&net, &[balancer, agent, ("client", &net.client, net.client_config("auto"))]);
+}
+
+#[test]
+fn after_any_number_of_kills_a_balancers_devices_tables_and_links_are_as_before() {
+    let net = Net::new(Options { servers: 3, forward: "direct", start: false, ..Options::default() });
+    kill_all(&net, &[("balancer", &net.balancer, net.balancer_config(|_| Some("up")))]);
 }

@@ -33,6 +33,7 @@ const THREADS: &[i64] = &[
     libc::SYS_exit_group,
     // A panic that aborts.
     libc::SYS_tgkill,
+    libc::SYS_tkill,
 ];
 
 /// Signals: SIGHUP, SIGTERM, SIGINT.
@@ -99,11 +100,12 @@ const SOCKETS: &[i64] = &[
     libc::SYS_shutdown,
 ];
 
-/// Older forms of the same, which the C library still uses on this kind of processor.
+/// Older forms of the same, which one C library or another still uses on this kind of processor.
 #[cfg(target_arch = "x86_64")]
 const OLDER: &[i64] = &[
     libc::SYS_epoll_wait,
     libc::SYS_poll,
+    libc::SYS_open,
     libc::SYS_stat,
     libc::SYS_lstat,
     libc::SYS_mkdir,
