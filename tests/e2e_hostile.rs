@@ -23,8 +23,8 @@ const PACKETS: usize = 20_000;
 const LONGEST: Duration = Duration::from_secs(20);
 /// Connections of those who mean well during an attack, at least; of a hundred, one may fail.
 const CONNECTIONS: usize = 100;
-/// What a daemon's memory (`VmRSS`) may grow by in all attacks together: room for full tables of fragments and of
-/// connections in the making, whose bounds are configured (4,096 and 16,384 entries by default).
+/// What a daemon's memory (`VmRSS`) may grow by in all attacks together. Tables are bounded by configuration (by default
+/// 4,096 fragments, 65,536 half-open connections, as many flows) and are not full here.
 const GROWTH_KIB: u64 = 16 << 10;
 /// Whom packets seem to come from.
 const STRANGERS4: [u8; 2] = [198, 18];
