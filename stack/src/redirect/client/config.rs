@@ -294,6 +294,8 @@ pub struct ClientCounters {
     pub malformed_options: u64,
     /// SYN-ACKs dropped: late, of another attempt, or of a server that was not first (`C4`).
     pub stray_syn_acks: u64,
+    /// Segments of handshakes dropped because of a wrong checksum.
+    pub bad_checksums: u64,
     /// Resets dropped by `C9` and `C10`.
     pub dropped_resets: u64,
     /// Other segments dropped because no state of theirs expects them.

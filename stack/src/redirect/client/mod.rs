@@ -144,6 +144,7 @@ impl Client {
                 }
                 Action::Drop
             }
+            Some(State::Attempt(_)) if !packet.checksum_ok() => self.drop_damaged(),
             Some(State::Attempt(_)) => self.with_attempt(key, |client, flow, attempt| {
                 client.on_attempt_remote(now, flow, attempt, packet)
             }),
@@ -165,6 +166,13 @@ impl Client {
         Action::Pass
     }
 
+    /// A damaged segment of a handshake. Beside another TCP nobody has looked at its checksum yet, and what that TCP does
+    /// not take must not move the flow on.
+    fn drop_damaged(&mut self) -> Action {
+        self.counters.bad_checksums += 1;
+        Action::Drop
+    }
+
     fn on_service_segment(
         &mut self,
         now: Instant,
@@ -183,6 +191,7 @@ impl Client {
                 packet.set_source_port(key.vip.port());
                 Action::Pass
             }
+            Some(State::Attempt(_)) if !packet.checksum_ok() => self.drop_damaged(),
             Some(State::Attempt(_)) => self.with_attempt(key, |client, flow, attempt| {
                 client.on_attempt_service(now, flow, attempt, packet)
             }),

@@ -97,6 +97,30 @@ fn c12_a_redirect_that_an_earlier_run_asked_for_is_not_passed_up() {
 }
 
 #[test]
+fn c3_a_damaged_syn_ack_moves_no_flow_on() {
+    let damaged = |packet: Packet| {
+        let mut bytes = packet.into_buffer();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 0x38;
+        Packet::from_slice(&bytes).unwrap()
+    };
+    let mut w = world(Continuation::Auto);
+    w.open();
+    let mut redirect = damaged(w.redirect(Y, Some(w.local)));
+    assert_eq!(w.client.handle_remote(w.now, &mut redirect), Action::Drop);
+    assert!(w.sent().is_empty());
+    let redirect = w.redirect(Y, Some(w.local));
+    assert!(w.remote(redirect).is_none());
+    w.sent_one(Towards::Network);
+    let mut confirmed = damaged(w.syn_ack(Y, IRS + 1000, Some(confirm())));
+    assert_eq!(w.client.handle_remote(w.now, &mut confirmed), Action::Drop);
+    assert!(w.events().is_empty());
+    assert_eq!(w.client.counters().bad_checksums, 2);
+    let confirmed = w.syn_ack(Y, IRS + 1000, Some(confirm()));
+    assert!(w.remote(confirmed).is_some());
+}
+
+#[test]
 fn a_new_iss_on_the_same_ports_begins_anew() {
     let mut w = world(Continuation::Auto);
     w.reconnect(Some(w.local));
