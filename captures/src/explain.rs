@@ -2,10 +2,10 @@
 
 /// The rule under which an end counts something.
 pub(crate) fn counter_rule(name: &str) -> Option<&'static str> {
-    const RULES: [(&str, &[&str]); 17] = [
-        ("C1", &["asked", "ineligible"]),
+    const RULES: [(&str, &[&str]); 20] = [
+        ("C1", &["asked", "ineligible", "unfit_syns"]),
         ("C2", &["plain_unconfirmed", "plain_echoed"]),
-        ("C3", &["plain_refused", "too_many_hops"]),
+        ("C3", &["plain_refused", "too_many_hops", "bad_checksums"]),
         ("C4", &["stray_syn_acks"]),
         ("C5", &["reconnected"]),
         ("C6", &["plain_silence", "plain_service_port", "remembered_plain"]),
@@ -29,15 +29,12 @@ pub(crate) fn counter_rule(name: &str) -> Option<&'static str> {
         ("W1", &["malformed_options", "bad_options"]),
         ("W2", &["syn_acks_no_room"]),
         ("T4", &["tokens_missing", "tokens_unknown_key", "tokens_expired", "tokens_mismatch"]),
-        ("I2", &["icmp_turned"]),
-    ];
-    const MORE: [(&str, &[&str]); 4] = [
         ("S6", &["not_listening"]),
         ("S7", &["challenge_acks"]),
         ("S8", &["resets", "replies_limited"]),
-        ("C1", &["unfit_syns"]),
+        ("I2", &["icmp_turned"]),
     ];
-    let rule = RULES.iter().chain(&MORE).find(|(_, names)| names.contains(&name)).map(|(rule, _)| *rule);
+    let rule = RULES.iter().find(|(_, names)| names.contains(&name)).map(|(rule, _)| *rule);
     rule.or_else(|| match name {
         _ if name.starts_with("move") || name.starts_with("redirects") => Some("§4"),
         _ if name.starts_with("rebind") => Some("§5"),
