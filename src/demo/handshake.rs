@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
 use pcap_file::pcapng::{Block, PcapNgReader};
-use shunt_stack::wire::{DEFAULT_EXID, Packet, RedirectOption, TcpFlags, TcpView};
+use shunt_captures::describe::label;
+use shunt_stack::wire::{DEFAULT_EXID, Packet, TcpFlags, TcpView};
 
 use super::error::{Error, Result};
 use super::ladder::{Lane, Step};
@@ -127,7 +128,7 @@ fn describe(tcp: &TcpView<'_>) -> String {
         length => format!("{length} bytes"),
     };
     match tcp.redirect(DEFAULT_EXID) {
-        Ok(Some(option)) => format!("{what} {ports} [{}]", describe_option(&option)),
+        Ok(Some(option)) => format!("{what} {ports} [{}]", label(&option)),
         Ok(None) => format!("{what} {ports}"),
         Err(error) => format!("{what} {ports} [{error}]"),
     }
@@ -148,22 +149,11 @@ fn name(flags: TcpFlags) -> &'static str {
     }
 }
 
-fn describe_option(option: &RedirectOption) -> String {
-    let mut parts = Vec::new();
-    parts.extend(option.redirect.then(|| "R".to_owned()));
-    parts.extend(option.confirm.then(|| "C".to_owned()));
-    parts.extend(option.port.map(|port| format!("P={port}")));
-    parts.extend(option.observed.map(|_| "O".to_owned()));
-    parts.extend(option.address.map(|address| format!("A={address}")));
-    parts.extend(option.token.map(|_| "T".to_owned()));
-    parts.join(" ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use shunt_stack::device::{Capture, Direction};
-    use shunt_stack::wire::{Segment, SeqNumber};
+    use shunt_stack::wire::{RedirectOption, Segment, SeqNumber};
     use std::time::{SystemTime, UNIX_EPOCH};
 
     fn segment(from: &str, to: &str, flags: TcpFlags, option: Option<RedirectOption>, data: &[u8]) -> Packet {

@@ -131,19 +131,7 @@ impl ClientHost {
     /// Runs the programs for which something has happened; true if there were any.
     pub(super) fn run_programs(&mut self, world: Instant, ledger: &mut Ledger) -> Result<bool, Violation> {
         let now = self.machine.clock(world);
-        let ready = due(&mut self.machine, now);
-        let ran = !ready.is_empty();
-        for name in ready {
-            let Some(program) = self.programs.get_mut(&name) else { continue };
-            let Machine { tcp, redirects, timers, .. } = &mut self.machine;
-            match program.poll(&mut Surroundings { now, tcp, ledger, redirects })? {
-                Next::Wait(at) => timers.extend(at.map(|at| (at, name))),
-                Next::Over => {
-                    self.programs.remove(&name);
-                }
-            }
-        }
-        Ok(ran)
+        run_due(&mut self.machine, &mut self.programs, now, ledger, ClientProgram::poll)
     }
 
     /// Ends the streams that have been silent for longer than any timer, if something explains it.
@@ -181,6 +169,29 @@ fn due(machine: &mut Machine, now: Instant) -> Vec<u64> {
         }
     }
     ready
+}
+
+/// Runs the programs for which something has happened; true if there were any.
+fn run_due<P>(
+    machine: &mut Machine,
+    programs: &mut BTreeMap<u64, P>,
+    now: Instant,
+    ledger: &mut Ledger,
+    poll: impl Fn(&mut P, &mut Surroundings<'_>) -> Result<Next, Violation>,
+) -> Result<bool, Violation> {
+    let ready = due(machine, now);
+    let ran = !ready.is_empty();
+    for name in ready {
+        let Some(program) = programs.get_mut(&name) else { continue };
+        let Machine { tcp, redirects, timers, .. } = &mut *machine;
+        match poll(program, &mut Surroundings { now, tcp, ledger, redirects })? {
+            Next::Wait(at) => timers.extend(at.map(|at| (at, name))),
+            Next::Over => {
+                programs.remove(&name);
+            }
+        }
+    }
+    Ok(ran)
 }
 
 /// A server's machine and its link.
@@ -265,19 +276,7 @@ impl ServerHost {
     pub(super) fn run_programs(&mut self, world: Instant, ledger: &mut Ledger) -> Result<bool, Violation> {
         let now = self.machine.clock(world);
         self.accept(now);
-        let ready = due(&mut self.machine, now);
-        let ran = !ready.is_empty();
-        for name in ready {
-            let Some(program) = self.programs.get_mut(&name) else { continue };
-            let Machine { tcp, redirects, timers, .. } = &mut self.machine;
-            match program.poll(&mut Surroundings { now, tcp, ledger, redirects })? {
-                Next::Wait(at) => timers.extend(at.map(|at| (at, name))),
-                Next::Over => {
-                    self.programs.remove(&name);
-                }
-            }
-        }
-        Ok(ran)
+        run_due(&mut self.machine, &mut self.programs, now, ledger, ServerProgram::poll)
     }
 
     /// Ends the connections whose clients have been silent for longer than any timer.
