@@ -1,4 +1,5 @@
-//! Carrying out what was decided: addresses in `network` mode, an outer header in `gue` mode, the way out in `direct` and `datalink` mode.
+//! Carrying out what was decided: addresses in `network` mode, an outer header in `gue` mode, the way out in `direct` and
+//! `datalink` mode.
 //!
 //! Checksums follow incrementally: right ones stay right, wrong ones wrong.
 

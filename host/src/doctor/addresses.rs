@@ -23,7 +23,8 @@ pub(super) async fn interfaces(needs: &Needs) -> Vec<Finding> {
     findings
 }
 
-/// Whether routes lead to those who must be reached. Asked as a socket would: while our own rules stand, their own answer counts.
+/// Whether routes lead to those who must be reached. Asked as a socket would: while our own rules stand, their own
+/// answer counts.
 pub(super) async fn reach(needs: &Needs) -> Vec<Finding> {
     let mut findings = Vec::new();
     for &address in &needs.reach {

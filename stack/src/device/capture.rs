@@ -26,8 +26,8 @@ pub enum Direction {
 /// A pcapng file in the making; clones write to the same one.
 ///
 /// A thread of its own, started with the first packet, writes to the disk, at the latest a second after the packet, and
-/// when the last clone is dropped. A disk that fails or cannot follow costs packets of the capture (their number is in the file), never
-/// traffic; a failure is logged once.
+/// when the last clone is dropped. A disk that fails or cannot follow costs packets of the capture (their number is in
+/// the file), never traffic; a failure is logged once.
 #[derive(Debug, Clone)]
 pub struct Capture {
     shared: Arc<Shared>,
