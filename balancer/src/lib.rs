@@ -102,27 +102,20 @@ impl Balancer {
     /// The same, with no new selections for those that are `unfit` (`B7`).
     pub fn new_without(config: &Config, unfit: &Unfit, key: SelectKey) -> Balancer {
         let lives = Lives::new(config.servers.iter().map(|server| (server.name.as_str(), Arc::default())));
-        Balancer::with(config, unfit, lives, Arc::default(), None, key)
+        Balancer::with(config, unfit, lives, None, key)
     }
 
-    fn with(
-        config: &Config,
-        unfit: &Unfit,
-        lives: Lives,
-        stats: Arc<Stats>,
-        before: Option<&Qos>,
-        key: SelectKey,
-    ) -> Self {
+    fn with(config: &Config, unfit: &Unfit, lives: Lives, before: Option<&Balancer>, key: SelectKey) -> Self {
         let servers = config
             .servers
             .iter()
             .map(|server| lives.get(&server.name).map(|live| Arc::clone(live.stats())).unwrap_or_default());
         Balancer {
-            table: Table::new(config, key, &lives, unfit),
-            stats,
+            table: Table::new(config, key, &lives, unfit, before.map(|balancer| &balancer.table)),
+            stats: before.map(|balancer| Arc::clone(&balancer.stats)).unwrap_or_default(),
             servers: servers.collect(),
             lives,
-            qos: Qos::new(config, before),
+            qos: Qos::new(config, before.and_then(|balancer| balancer.qos.as_ref())),
             half_life: config.counts_packets().then_some(config.packets_half_life),
             due: Mutex::default(),
             answerer: answer::answerer(config, key),
@@ -144,7 +137,7 @@ impl Balancer {
     #[must_use]
     pub fn successor_without(&self, config: &Config, unfit: &Unfit) -> Balancer {
         let lives = self.lives.successor(config.servers.iter().map(|server| server.name.as_str()));
-        let next = Balancer::with(config, unfit, lives, Arc::clone(&self.stats), self.qos.as_ref(), self.key);
+        let next = Balancer::with(config, unfit, lives, Some(self), self.key);
         let names = self.table.names().enumerate();
         let took: std::collections::HashSet<&str> =
             names.filter(|(index, _)| self.table.takes_new(*index)).map(|(_, name)| name).collect();

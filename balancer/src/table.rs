@@ -102,6 +102,9 @@ impl Set {
     }
 }
 
+/// Maglev's tables by their members.
+type Filled = HashMap<Vec<Member>, Option<Arc<Maglev>>>;
+
 /// Address, protocol and port (0 without ports) that an answer comes from.
 type Origin = (IpAddr, u8, u16);
 
@@ -146,15 +149,24 @@ pub struct Table {
     admin_ports: Box<[u16]>,
     /// Sorted by address, protocol and port.
     back: Box<[(Origin, Back)]>,
+    /// What a successor may share.
+    filled: Filled,
 }
 
 impl Table {
     /// The table of a configuration, with no new selections for those that are `unfit` (`B7`); `key` is the key of keyed
-    /// policies, `lives` is of the same servers.
-    pub(crate) fn new(config: &Config, key: SelectKey, lives: &Lives, unfit: &Unfit) -> Table {
+    /// policies, `lives` is of the same servers. What the table `before` has filled and still holds is taken from there.
+    pub(crate) fn new(
+        config: &Config,
+        key: SelectKey,
+        lives: &Lives,
+        unfit: &Unfit,
+        before: Option<&Table>,
+    ) -> Table {
         let classes = Arc::new(Classes::new(&config.classes));
         let taking = vec![false; config.servers.len()];
-        let mut builder = SetBuilder { config, key, unfit, lives, classes, known: HashMap::new(), taking };
+        let known = HashMap::new();
+        let mut builder = SetBuilder { config, key, unfit, lives, classes, known, before, taking };
         let sets = builder.sets();
         let mut vips: Vec<Vip> =
             config.vips.iter().map(|address| vip(config, *address, builder.portless(*address))).collect();
@@ -189,6 +201,7 @@ impl Table {
             unreachable: (0..config.servers.len()).map(|index| unfit.is_unreachable(index)).collect(),
             admin_ports: config.admin_ports.clone().into(),
             back: back.into(),
+            filled: builder.known,
         }
     }
 
@@ -289,7 +302,8 @@ struct SetBuilder<'a> {
     lives: &'a Lives,
     classes: Arc<Classes>,
     /// Tables are large: equal sets share theirs.
-    known: HashMap<Vec<Member>, Option<Arc<Maglev>>>,
+    known: Filled,
+    before: Option<&'a Table>,
     /// By server: whether it is in a set.
     taking: Vec<bool>,
 }
@@ -344,8 +358,9 @@ impl SetBuilder<'_> {
     }
 
     fn maglev(&mut self, members: &[Member]) -> Option<Arc<Maglev>> {
-        let table = self.known.entry(members.to_vec());
-        table.or_insert_with(|| Maglev::new(members).map(Arc::new)).clone()
+        let before = self.before.and_then(|table| table.filled.get(members));
+        let fill = || before.cloned().unwrap_or_else(|| Maglev::new(members).map(Arc::new));
+        self.known.entry(members.to_vec()).or_insert_with(fill).clone()
     }
 
     /// The servers for packets to a VIP without ports.

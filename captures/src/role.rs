@@ -56,7 +56,12 @@ impl Role {
     /// A balancer by a configuration. The key of its policies is fixed: what `random` selects here another one with the
     /// same configuration need not select. All servers count as healthy.
     pub fn balancer(config: &shunt_balancer::Config) -> Role {
-        let balancer = Balancer::new(config, SelectKey([0; 16])).through(Tunnels::assumed(config, MTU));
+        Role::balancer_like(Balancer::new(config, SelectKey([0; 16])), config)
+    }
+
+    /// A balancer that has been made, of this configuration.
+    pub(crate) fn balancer_like(balancer: Balancer, config: &shunt_balancer::Config) -> Role {
+        let balancer = balancer.through(Tunnels::assumed(config, MTU));
         let memory = Memory::new(&balancer);
         let exid = config.host().exid;
         Role::Balancer(Box::new(BalancerRole { balancer, memory, exid }))

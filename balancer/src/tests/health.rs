@@ -1,8 +1,9 @@
 //! `B7` where health is looked at.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use shunt_host::{Family, Source};
+use shunt_host::{Family, Source, Transport};
 use shunt_stack::wire::{SeqNumber, TcpFlags};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
@@ -39,6 +40,25 @@ fn b7_an_unfit_server_gets_no_new_selections_in_its_family_and_keeps_its_service
         assert_eq!(met == 0, spared, "{cast:?}: {met}");
         let Ok(Route::ToServer { server, decision }) = next.route(&cast.ack(41002)) else { panic!() };
         assert_eq!((server.index(), decision), (1, Decision::Owner));
+    }
+}
+
+#[test]
+fn tables_of_sets_that_are_as_before_are_not_filled_again() {
+    let filled = |balancer: &Balancer, cast: usize| {
+        let table = &balancer.table;
+        let vip = table.vip(casts()[cast].vip(443).ip()).unwrap();
+        Arc::clone(table.set(vip, Transport::Tcp, 443).unwrap().maglev.as_ref().unwrap())
+    };
+    let first = balancer(&three_servers(""));
+    let mut unfit = Unfit::default();
+    unfit.insert(1, 0, Family::V4);
+    let next = first.successor_without(&config(&three_servers("")), &unfit);
+    assert!(!Arc::ptr_eq(&filled(&first, 0), &filled(&next, 0)));
+    assert!(Arc::ptr_eq(&filled(&first, 1), &filled(&next, 1)));
+    let anew = Balancer::new_without(&config(&three_servers("")), &unfit, SelectKey([0; 16]));
+    for cast in [0, 1] {
+        assert_eq!(filled(&anew, cast), filled(&next, cast));
     }
 }
 
