@@ -28,6 +28,7 @@ need dnsmasq dnsmasq-base
 need dig bind9-dnsutils
 need ping iputils-ping
 need tshark tshark
+need scapy python3-scapy
 if [ "${#packages[@]}" -gt 0 ]; then
   step "installing ${packages[*]}"
   sudo=

@@ -24,7 +24,8 @@ static BALANCER: LazyLock<(Config, Balancer)> = LazyLock::new(|| {
 
 /// A role as the golden captures have it, or what the capture itself tells.
 fn role(choice: u8, capture: &[u8]) -> Role {
-    if choice & 7 == 0 {
+    let kind = choice & 7;
+    if kind == 0 {
         let (config, balancer) = &*BALANCER;
         return Role::balancer_like(balancer.successor(config), config);
     }

@@ -31,4 +31,4 @@ pub use plan::{
     ClientPlan, Deed, End, Exchange, FlowPlan, Forward, Kind, Middlebox, NatPlan, Options, Plan, Scenario,
     ServerPlan,
 };
-pub use report::{Failure, Summary, capture_folder, plan, run};
+pub use report::{Failure, Summary, capture_folder, plan, record, run};

@@ -110,6 +110,19 @@ pub fn run(options: &Options, captures: &Path) -> Result<Summary, Box<Failure>> 
     Err(Box::new(Failure { options: *options, scenario, violation, capture: written.then_some(path) }))
 }
 
+/// Runs the world of `options` and captures every packet, at every place, into the pcapng file `capture`.
+///
+/// # Errors
+/// What must not happen, with the capture of it.
+pub fn record(options: &Options, capture: &Path) -> Result<Summary, Box<Failure>> {
+    let file = Capture::create(capture).ok();
+    let path = file.is_some().then(|| capture.to_owned());
+    attempt(options, file).map_err(|violation| {
+        let scenario = draw(options).scenario;
+        Box::new(Failure { options: *options, scenario, violation, capture: path })
+    })
+}
+
 fn attempt(options: &Options, capture: Option<Capture>) -> Result<Summary, Violation> {
     let world = AssertUnwindSafe(|| World::new(draw(options), capture).run());
     catch_unwind(world).unwrap_or_else(|panic| Err(Violation::Panic(words(&*panic))))
