@@ -57,6 +57,13 @@ impl Seen {
         }
     }
 
+    /// What is written in hexadecimal digits.
+    fn bytes(&self, field: &str) -> Vec<u8> {
+        let digits = self.text(field).as_bytes().chunks(2);
+        let byte = |two: &[u8]| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok();
+        digits.map(|two| byte(two).expect("hexadecimal digits")).collect()
+    }
+
     fn address(&self, field: &str) -> Option<IpAddr> {
         self.text(field).parse().ok()
     }
@@ -187,11 +194,10 @@ impl Compared {
             "{}",
             context()
         );
-        let options: String = tcp.option_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(seen.text("tcp.options"), options, "{}", context());
+        assert_eq!(seen.bytes("tcp.options"), tcp.option_bytes(), "{}", context());
         self.checksum(packet, seen.right("tcp.checksum.status"), context);
         self.tcp += 1;
-        self.options += u64::from(!options.is_empty());
+        self.options += u64::from(!tcp.option_bytes().is_empty());
     }
 
     fn icmp(
