@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::{ctl, demo, doctor, replay};
+use crate::{ctl, demo, doctor, replay, simulate};
 
 /// A stateless TCP load balancer by port redirection.
 ///
@@ -45,6 +45,10 @@ pub(crate) enum Command {
     /// about each packet, and why.
     #[command(after_help = replay::HELP)]
     Replay(replay::ReplayArgs),
+    /// Compare with other ways of balancing: how many connections break when servers and balancers change. A simulation
+    /// of millions of connections, without packets.
+    #[command(after_help = simulate::HELP)]
+    Simulate(simulate::SimulateArgs),
     /// Show it at work: clients, a balancer and four servers in namespaces of this machine, real packets, real TCP.
     Demo(demo::DemoOptions),
     /// The demo's web server.

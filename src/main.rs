@@ -7,6 +7,7 @@ mod daemon;
 mod demo;
 mod doctor;
 mod replay;
+mod simulate;
 
 use std::process::ExitCode;
 
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Doctor(arguments) => return doctor::run(&arguments),
         Command::Ctl(arguments) => return ctl::run(&arguments),
         Command::Replay(arguments) => return replay::run(&arguments),
+        Command::Simulate(arguments) => return simulate::run(&arguments),
         Command::Demo(options) => demo::run(&options),
         Command::DemoServer(arguments) => demo::serve(arguments),
         Command::DemoClient(arguments) => demo::load(&arguments),

@@ -25,7 +25,7 @@ pub struct ServerId(u16);
 
 impl ServerId {
     /// The server at `index` of the configuration, which holds fewer than 65,535.
-    pub(crate) fn new(index: usize) -> ServerId {
+    pub fn new(index: usize) -> ServerId {
         debug_assert!(index < usize::from(u16::MAX));
         ServerId(index as u16)
     }
