@@ -1,0 +1,4 @@
+//! Results as others read them.
+
+pub mod json;
+pub mod table;
