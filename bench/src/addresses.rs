@@ -16,8 +16,8 @@ pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 3, 0, 11);
 pub const MIDDLE: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 1, 0, 1), Ipv4Addr::new(10, 3, 0, 1)];
 /// How many addresses the client has: one has too few ports for a hundred thousand connections.
 pub const CLIENT_ADDRESSES: u8 = 4;
-/// How many ports echo, for the same reason.
-pub const ECHO_PORTS: u16 = 4;
+/// How many ports echo, each with a process at both ends: one may not open files enough for all.
+pub const ECHO_PORTS: u16 = 8;
 
 /// A program on the server, and its two ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,13 +7,14 @@ use clap::Parser;
 
 use crate::contestant::Contestant;
 use crate::measure::Measure;
+use crate::part::Part;
 
 /// Compares Shunt's balancer with the kernel's forwarding, nftables, `HAProxy` and nginx.
 ///
 /// Each of them stands between a client and a server in network namespaces of this machine. They are measured in turn,
 /// several times; medians are shown, and in brackets the least and the greatest. It needs root, or user namespaces.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "shunt-bench", version)]
+#[command(name = "shunt-bench", version, args_conflicts_with_subcommands = true)]
 pub struct Arguments {
     /// Under four minutes: six contestants, what matters most, short runs
     #[arg(long)]
@@ -40,6 +41,9 @@ pub struct Arguments {
     /// The program under test [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     pub shunt: Option<PathBuf>,
+    /// What the bench starts inside its hosts.
+    #[command(subcommand)]
+    pub part: Option<Part>,
 }
 
 /// The same with every default filled in.

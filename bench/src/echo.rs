@@ -1,63 +1,35 @@
 //! The server of the bench's own: it sends back what it gets.
 
-use std::net::TcpListener;
-use std::thread::JoinHandle;
+use std::net::Ipv4Addr;
 
 use anyhow::{Context as _, Result};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
-use tokio::sync::oneshot;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
-/// Largest piece that is sent back at once; small, since a hundred thousand connections have one each.
+/// Largest piece that is sent back at once; small, since thousands of connections have one each.
 const PIECE: usize = 256;
+/// Connections that wait to be accepted.
+const QUEUE: u32 = 4096;
 
-/// A thread that serves all connections; ends when dropped.
-pub struct Echo {
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Echo {
-    /// Serves `listeners`, on whatever host they are.
-    ///
-    /// # Errors
-    /// The thread cannot be started, or a listener not be used.
-    pub fn start(listeners: Vec<TcpListener>) -> Result<Echo> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let inside = runtime.enter();
-        let listeners = listeners.into_iter().map(|listener| {
-            listener.set_nonblocking(true)?;
-            tokio::net::TcpListener::from_std(listener)
-        });
-        let listeners = listeners.collect::<std::io::Result<Vec<_>>>().context("using a listener")?;
-        drop(inside);
-        let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("echo".to_owned()).spawn(move || {
-            runtime.block_on(async {
-                for listener in listeners {
-                    tokio::spawn(accept(listener));
-                }
-                let _ = stopped.await;
-            });
-        })?;
-        Ok(Echo { stop: Some(stop), thread: Some(thread) })
+/// Serves all connections to `ports`, for ever.
+///
+/// # Errors
+/// A port is taken.
+pub async fn serve(ports: &[u16]) -> Result<()> {
+    for port in ports {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
+        socket.bind((Ipv4Addr::UNSPECIFIED, *port).into()).with_context(|| format!("the port {port}"))?;
+        tokio::spawn(accept(socket.listen(QUEUE)?));
     }
+    std::future::pending().await
 }
 
-impl Drop for Echo {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-async fn accept(listener: tokio::net::TcpListener) {
+async fn accept(listener: TcpListener) {
     loop {
-        // Without a file descriptor left, the client finds its connection unanswered and says so.
+        // Without a file left, the client finds its connection unanswered and says so.
         if let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(serve(stream));
+            tokio::spawn(answer(stream));
         } else {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
@@ -65,7 +37,7 @@ async fn accept(listener: tokio::net::TcpListener) {
 }
 
 /// Until the client closes or resets; what went wrong, the client's side sees.
-async fn serve(mut stream: TcpStream) {
+async fn answer(mut stream: TcpStream) {
     let mut piece = [0; PIECE];
     if stream.set_nodelay(true).is_err() {
         return;

@@ -115,6 +115,20 @@ impl Installed {
         self.missing.get(&contestant).map(String::as_str)
     }
 
+    /// Whether a contestant may have so many connections; a proxy opens two files for each.
+    pub fn can_open(&self, contestant: Contestant, connections: usize) -> bool {
+        let workers = match contestant {
+            Contestant::Haproxy => 1,
+            // One for each processor, among which connections are spread, never quite evenly.
+            Contestant::Nginx => {
+                std::thread::available_parallelism().map_or(1, |count| count.get().div_ceil(2))
+            }
+            _ => return true,
+        };
+        let files = 2 * connections as u64 / workers as u64;
+        files + config::FILES_BESIDE <= self.open_files
+    }
+
     /// The lines of a contestant's table `[host]` that the balancer knows.
     pub fn host_keys(&self, contestant: Contestant) -> Vec<&'static str> {
         contestant.host_keys().iter().copied().filter(|key| self.known_keys.contains(key)).collect()

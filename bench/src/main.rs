@@ -6,9 +6,11 @@ mod config;
 mod contestant;
 mod echo;
 mod figure;
+mod hold;
 mod installed;
 mod machine;
 mod measure;
+mod part;
 mod report;
 mod results;
 mod run;
@@ -28,6 +30,15 @@ use results::Results;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(part) = &arguments.part {
+        return match part.run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     // Before any thread exists.
     let entered = shunt_lab::rootless::enter().map_err(anyhow::Error::from);
     match entered.and_then(|_| perform(&arguments)) {

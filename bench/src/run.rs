@@ -47,19 +47,9 @@ pub fn run(plan: &Plan, installed: &Installed, folder: &Path) -> Result<Results>
             }
         }
     }
-    for world in worlds.iter().filter(|world| plan.memory_of.contains(&world.contestant)) {
+    for world in worlds.iter_mut().filter(|world| plan.memory_of.contains(&world.contestant)) {
         bar.set_message(format!("{}, memory", world.contestant.name()));
-        match memory::with_connections(world, &plan.connections) {
-            Ok(seen) => {
-                for (connections, kilobytes) in seen {
-                    results.add_memory(world.contestant, connections, kilobytes);
-                }
-            }
-            Err(error) => {
-                let text = format!("{}, memory: {error:#}\n{}", world.contestant.name(), world.logs());
-                fail(&mut results, &bar, &text);
-            }
-        }
+        measure_memory(&mut results, &bar, world, &plan.connections, installed);
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -78,6 +68,30 @@ fn measure_one(results: &mut Results, bar: &ProgressBar, world: &World, measure:
             let text = format!("{}, {}: {error:#}\n{}", contestant.name(), measure.name(), world.logs());
             fail(results, bar, &text);
         }
+    }
+}
+
+fn measure_memory(
+    results: &mut Results,
+    bar: &ProgressBar,
+    world: &mut World,
+    counts: &[usize],
+    installed: &Installed,
+) {
+    let contestant = world.contestant;
+    let (counts, too_many): (Vec<usize>, Vec<usize>) =
+        counts.iter().partition(|count| installed.can_open(contestant, **count));
+    for count in too_many {
+        results.remarks.push(format!(
+            "{} with {count} connections was not measured: it takes more open files than a process may have here ({})",
+            contestant.name(),
+            installed.open_files
+        ));
+    }
+    let seen = |connections, kilobytes| results.add_memory(contestant, connections, kilobytes);
+    if let Err(error) = memory::with_connections(world, &counts, seen) {
+        let text = format!("{}, memory: {error:#}\n{}", contestant.name(), world.logs());
+        fail(results, bar, &text);
     }
 }
 

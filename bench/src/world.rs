@@ -1,6 +1,5 @@
 //! The hosts of one contestant, and what runs on them.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -8,10 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use shunt_lab::{Child, Host, Lab, LinkOptions, TcpState, Via};
 
-use crate::addresses::{MIDDLE, SERVER, Service, VIP, client_addresses};
+use crate::addresses::{ECHO_PORTS, MIDDLE, SERVER, Service, VIP, client_addresses};
 use crate::config;
 use crate::contestant::Contestant;
-use crate::echo::Echo;
 use crate::installed::Installed;
 
 /// How long a program may take to be ready.
@@ -29,7 +27,6 @@ pub struct World {
     pub balancer: Option<Child>,
     shim: Option<Child>,
     programs: Vec<Child>,
-    echo: Option<Echo>,
     /// Where measurements start.
     pub client: Host,
     server: Host,
@@ -54,7 +51,6 @@ impl World {
             balancer: None,
             shim: None,
             programs: Vec::new(),
-            echo: None,
             client,
             server,
             middle,
@@ -115,19 +111,39 @@ impl World {
             let iperf = self.start(&self.server, &name, command.args(["-s", "-p", &port.to_string()]))?;
             self.programs.push(iperf);
         }
-        let echoes = Service::all().filter(|service| matches!(service, Service::Echo(_)));
-        let ports: Vec<u16> =
-            echoes.flat_map(|service| [service.redirect_port(), service.service_port()]).collect();
-        let listeners = self.server.enter(|| {
-            ports
-                .iter()
-                .map(|port| TcpListener::bind(("0.0.0.0", *port)))
-                .collect::<std::io::Result<Vec<_>>>()
-        })?;
-        self.echo = Some(Echo::start(listeners.context("listening on the server")?)?);
+        self.start_echo(0)?;
         let ports =
             [Service::Web, Service::Iperf].map(|service| [service.redirect_port(), service.service_port()]);
         wait_listening(&self.server, ports.as_flattened())
+    }
+
+    fn start_echo(&mut self, number: u16) -> Result<()> {
+        let service = Service::Echo(number);
+        let ports = [service.redirect_port(), service.service_port()];
+        let mut command = Command::new(std::env::current_exe().context("finding this program")?);
+        command.arg("echo").args(ports.map(|port| port.to_string()));
+        let echo = self.start(&self.server, &service.name(), &mut command)?;
+        self.programs.push(echo);
+        wait_listening(&self.server, &ports)
+    }
+
+    /// Starts the echoes that only many connections need.
+    ///
+    /// # Errors
+    /// One cannot be started.
+    pub fn start_echoes(&mut self) -> Result<()> {
+        for number in 1..ECHO_PORTS {
+            self.start_echo(number)?;
+        }
+        if self.contestant.has_agent() {
+            std::thread::sleep(AGENT_LOOKS);
+        }
+        Ok(())
+    }
+
+    /// A file of this world.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
     }
 
     fn start_middle(&mut self, installed: &Installed) -> Result<()> {
@@ -164,13 +180,13 @@ impl World {
     }
 
     fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
-        let path = self.folder.join(name);
+        let path = self.file(name);
         std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
         Ok(path)
     }
 
     fn start(&self, host: &Host, name: &str, command: &mut Command) -> Result<Child> {
-        Ok(host.spawn_logged(command, self.folder.join(format!("{name}.log")))?)
+        Ok(host.spawn_logged(command, self.file(&format!("{name}.log")))?)
     }
 
     /// One of Shunt's, ready.

@@ -1,32 +1,27 @@
-//! Connections that only stay open, and the memory of the process in the middle.
+//! The memory of the process in the middle while many connections only stay open.
 
-use std::net::SocketAddr;
-use std::time::Duration;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use procfs::process::{Process, all_processes};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpSocket, TcpStream};
-use tokio::task::JoinSet;
+use shunt_lab::Child;
 
-use crate::addresses::{CLIENT_ADDRESSES, ECHO_PORTS, Service, client_addresses};
+use crate::addresses::{ECHO_PORTS, Service, client_addresses};
 use crate::world::World;
 
-/// Opened at a time: the queue of a TUN device holds 500 packets.
-const AT_ONCE: usize = 64;
-/// How long opening one may take, with what is lost sent again.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// Opening a thousand must not take longer.
-const PATIENCE_PER_THOUSAND: Duration = Duration::from_secs(5);
-/// One in so many is asked again after all are open.
-const SAMPLE: usize = 50;
+/// How long opening connections may take, and longer for each thousand.
+const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE_PER_THOUSAND: Duration = Duration::from_secs(3);
 
-/// Resident memory of the process group that balances, in kilobytes of 1024 bytes; `None` without one.
+/// Resident memory of the process group that balances, in kilobytes of 1024 bytes.
 ///
 /// # Errors
-/// The process is gone.
-pub fn resident(world: &World) -> Result<Option<u64>> {
-    let Some(child) = &world.balancer else { return Ok(None) };
+/// There is none, or it is gone.
+fn resident(world: &World) -> Result<u64> {
+    let child = world.balancer.as_ref().context("nothing that balances is a process")?;
     let leader = i32::try_from(child.id()).context("a process number")?;
     let of = |process: &Process| Some(process.status().ok()?.vmrss.unwrap_or(0));
     let leader_itself = Process::new(leader).ok().and_then(|process| of(&process));
@@ -36,80 +31,76 @@ pub fn resident(world: &World) -> Result<Option<u64>> {
             sum += of(&process).unwrap_or(0);
         }
     }
-    Ok(Some(sum))
+    Ok(sum)
 }
 
-/// Resident memory with so many open connections, `counts` rising; the connections are closed afterwards.
+/// Kilobytes with so many open connections, `counts` rising; `seen` is called with each. They are closed afterwards.
 ///
 /// # Errors
-/// One cannot be opened or does not live, or there is no process that balances.
-pub fn with_connections(world: &World, counts: &[usize]) -> Result<Vec<(usize, u64)>> {
-    let contestant = world.contestant;
-    let targets: Vec<SocketAddr> =
-        (0..ECHO_PORTS).map(|number| Service::Echo(number).target(contestant)).collect();
-    let sources: Vec<SocketAddr> = client_addresses(contestant).map(|address| (address, 0).into()).collect();
-    world.client.enter(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async {
-            let mut open: Vec<TcpStream> = Vec::new();
-            let mut seen = Vec::new();
-            for count in counts {
-                let more = count.saturating_sub(open.len());
-                let limit = PATIENCE + PATIENCE_PER_THOUSAND * u32::try_from(more / 1000)?;
-                let opening = open_more(&mut open, more, &sources, &targets);
-                match tokio::time::timeout(limit, opening).await {
-                    Ok(opened) => opened?,
-                    Err(_) => {
-                        bail!("only {} of {count} connections could be opened in {limit:?}", open.len())
-                    }
-                }
-                for stream in open.iter_mut().step_by(SAMPLE) {
-                    ask(stream).await.context("an open connection broke")?;
-                }
-                seen.push((*count, resident(world)?.context("nothing that balances is a process")?));
-            }
-            Ok(seen)
-        })
-    })?
-}
-
-async fn open_more(
-    open: &mut Vec<TcpStream>,
-    more: usize,
-    sources: &[SocketAddr],
-    targets: &[SocketAddr],
-) -> Result<()> {
-    let mut tasks = JoinSet::new();
-    for number in 0..more {
-        if tasks.len() == AT_ONCE
-            && let Some(done) = tasks.join_next().await
-        {
-            open.push(done??);
+/// A connection cannot be opened or does not live, or there is no process that balances.
+pub fn with_connections(world: &mut World, counts: &[usize], mut seen: impl FnMut(usize, u64)) -> Result<()> {
+    let mut holders: Vec<Holder> = Vec::new();
+    for count in counts {
+        if *count > 0 && holders.is_empty() {
+            world.start_echoes()?;
+            let all = (0..ECHO_PORTS).map(|number| Holder::start(world, Service::Echo(number)));
+            holders = all.collect::<Result<_>>()?;
         }
-        let source = sources[number % usize::from(CLIENT_ADDRESSES)];
-        let target = targets[number / usize::from(CLIENT_ADDRESSES) % targets.len()];
-        tasks.spawn(open_one(source, target));
-    }
-    while let Some(done) = tasks.join_next().await {
-        open.push(done??);
+        let ports = usize::from(ECHO_PORTS);
+        for (number, holder) in holders.iter_mut().enumerate() {
+            holder.ask(count / ports + usize::from(number < count % ports))?;
+        }
+        let end = Instant::now() + PATIENCE + PATIENCE_PER_THOUSAND * u32::try_from(count / 1000)?;
+        for holder in &mut holders {
+            holder.wait(end).with_context(|| format!("{count} open connections"))?;
+        }
+        seen(*count, resident(world)?);
     }
     Ok(())
 }
 
-async fn open_one(source: SocketAddr, target: SocketAddr) -> Result<TcpStream> {
-    let socket = TcpSocket::new_v4()?;
-    socket.bind(source).with_context(|| format!("a port of {}", source.ip()))?;
-    let opened = tokio::time::timeout(PATIENCE, async {
-        let mut stream = socket.connect(target).await?;
-        ask(&mut stream).await?;
-        std::io::Result::Ok(stream)
-    });
-    let opened = opened.await.with_context(|| format!("opening a connection to {target} takes too long"))?;
-    opened.with_context(|| format!("opening a connection to {target}"))
+/// A process on the client with connections to one port.
+struct Holder {
+    child: Child,
+    lines: Receiver<String>,
+    log: std::path::PathBuf,
 }
 
-/// One byte there and back.
-async fn ask(stream: &mut TcpStream) -> std::io::Result<()> {
-    stream.write_all(b"?").await?;
-    stream.read_exact(&mut [0]).await.map(|_| ())
+impl Holder {
+    fn start(world: &World, service: Service) -> Result<Holder> {
+        let mut command = Command::new(std::env::current_exe().context("finding this program")?);
+        command.args(["hold", "--target", &service.target(world.contestant).to_string()]);
+        for source in client_addresses(world.contestant) {
+            command.args(["--source", &source.to_string()]);
+        }
+        let log = world.file(&format!("hold-{}.log", service.name()));
+        let file = std::fs::File::create(&log).with_context(|| format!("making {}", log.display()))?;
+        let mut child =
+            world.client.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file))?;
+        let out = child.process().stdout.take().context("its standard output")?;
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(out).lines().map_while(std::io::Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Holder { child, lines, log })
+    }
+
+    fn ask(&mut self, count: usize) -> Result<()> {
+        let input = self.child.process().stdin.as_mut().context("its standard input")?;
+        writeln!(input, "{count}").context("telling a process how many connections to open")
+    }
+
+    fn wait(&mut self, end: Instant) -> Result<()> {
+        match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(_) => Ok(()),
+            Err(RecvTimeoutError::Timeout) => bail!("they take too long"),
+            Err(RecvTimeoutError::Disconnected) => {
+                bail!("{}", std::fs::read_to_string(&self.log).unwrap_or_default().trim())
+            }
+        }
+    }
 }
