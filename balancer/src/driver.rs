@@ -14,7 +14,7 @@ use bytes::BytesMut;
 use shunt_host::control::{ControlError, Server};
 use shunt_host::sandbox::{self, SandboxError};
 use shunt_host::{DEFAULT_STATE_DIR, Host, HostError, Role, nft_available};
-use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice};
+use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice, TunOptions};
 use shunt_stack::wire::{Offload, Packet, ParseError};
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -155,11 +155,18 @@ pub async fn run(
     let state_dir = state_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR));
     let path = config_path.unwrap_or_else(|| config.path.clone());
     let places = Places { path, state_dir, control_socket };
+    // What goes into a tunnel goes there one by one.
+    let super_packets = config.host.super_packets && config.forward != ForwardMode::Gue;
+    let tun = move |name: &str| {
+        let mut options = TunOptions::new(name);
+        options.super_packets = super_packets;
+        TunDevice::create(options)
+    };
     match capture {
-        None => serve(config, places, told, shutdown, TunDevice::open).await,
+        None => serve(config, places, told, shutdown, tun).await,
         Some(file) => {
             let capture = Capture::create(&file).map_err(|error| Error::Capture { path: file, error })?;
-            let open = |name: &str| TunDevice::open(name).map(|tun| Captured::new(tun, &capture));
+            let open = |name: &str| tun(name).map(|tun| Captured::new(tun, &capture));
             serve(config, places, told, shutdown, open).await
         }
     }
@@ -182,6 +189,7 @@ struct Places {
 
 /// What packets are forwarded by: replaced as a whole.
 struct Active<D> {
+    main: Arc<D>,
     balancer: Arc<Balancer>,
     /// Statistics only: no decision knows of them.
     connections: Option<Connections>,
@@ -291,6 +299,8 @@ impl<D: Device> Active<D> {
         let mut snapshot = self.balancer.snapshot();
         let connections = self.connections.as_ref();
         snapshot.connections = connections.map(|connections| connections.snapshot(self.balancer.now()));
+        let devices = self.outputs.iter().chain([&self.main]);
+        snapshot.segmented = devices.map(|device| device.segmented()).sum();
         snapshot
     }
 
@@ -407,7 +417,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         }
         let mut monitor = Monitor::new();
         monitor.follow(&config, balancer.server_stats());
-        let (active, _) = watch::channel(Arc::new(Active { balancer, connections, outputs }));
+        let active = Active { main: Arc::clone(&main), balancer, connections, outputs };
+        let (active, _) = watch::channel(Arc::new(active));
         let (published, _) = watch::channel(Arc::new(config.clone()));
         let (waits, clock) = (JoinSet::new(), Clock::start());
         Ok(Daemon {
@@ -501,7 +512,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         let before = Arc::clone(&self.active.borrow());
         let connections = Connections::successor(before.connections.as_ref(), &self.config);
         let outputs = before.outputs.clone();
-        self.active.send_replace(Arc::new(Active { balancer, connections, outputs }));
+        let main = Arc::clone(&self.main);
+        self.active.send_replace(Arc::new(Active { main, balancer, connections, outputs }));
     }
 
     /// What will decide by a configuration, the servers' health and their links. Made beside, because packets go on.
@@ -549,7 +561,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         let balancer = self.successor(&config, &devices, &hops).await;
         self.monitor.follow(&config, balancer.server_stats());
         let connections = Connections::successor(self.active.borrow().connections.as_ref(), &config);
-        self.active.send_replace(Arc::new(Active { balancer, connections, outputs }));
+        let main = Arc::clone(&self.main);
+        self.active.send_replace(Arc::new(Active { main, balancer, connections, outputs }));
         self.published.send_replace(Arc::new(config.clone()));
         (self.config, self.devices, self.hops) = (config, devices, hops);
         if let Err(error) = self.host.replace(new).await {

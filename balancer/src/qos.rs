@@ -149,8 +149,8 @@ impl Qos {
         let Some(limiter) = &self.services[port.service].limiter else { return Ok(()) };
         let load = Load {
             opens: self.ports.opens(packet, port),
-            packets: segments(packet),
-            bytes: packet.len() as u64,
+            packets: packet.segment_count() as u64,
+            bytes: packet.segmented_len() as u64,
         };
         limiter.admit(now, load)
     }
@@ -161,12 +161,4 @@ impl Qos {
         let class = self.classes.of_dscp(packet.dscp());
         class.and_then(|class| self.class_marks[class]).or(self.services[port.service].mark)
     }
-}
-
-/// How many packets a super-packet will be.
-fn segments(packet: &Packet) -> u64 {
-    let Some(gso) = packet.offload().gso else { return 1 };
-    let header = packet.transport_offset() + packet.tcp().map_or(8, |tcp| tcp.header_len());
-    let payload = packet.len().saturating_sub(header) as u64;
-    payload.div_ceil(u64::from(gso.size).max(1)).max(1)
 }

@@ -139,6 +139,7 @@ pub struct Stats {
     fragments: AtomicU64,
     fragments_evicted: Counter,
     path_mtu_changes: Counter,
+    super_packets: Counter,
     device_errors: Counter,
     reloads: Counter,
     refused_reloads: Counter,
@@ -184,6 +185,10 @@ pub struct Snapshot {
     pub fragments_evicted: u64,
     /// How often a router said that less fits on the way to a server than was known (`gue` mode).
     pub path_mtu_changes: u64,
+    /// Packets that came, and went, as one for several segments. Servers' packets and bytes are those of the segments.
+    pub super_packets: u64,
+    /// Those that were cut here because the kernel did not take them; filled in by the daemon.
+    pub segmented: u64,
     /// Packets that a device did not take.
     pub device_errors: u64,
     /// Configurations taken over.
@@ -262,9 +267,9 @@ impl Stats {
 }
 
 impl ServerStats {
-    /// Counts a packet sent to the server.
-    pub(crate) fn sent(&self, bytes: u64) {
-        self.packets.add(1);
+    /// Counts packets sent to the server.
+    pub(crate) fn sent(&self, packets: u64, bytes: u64) {
+        self.packets.add(packets);
         self.bytes.add(bytes);
     }
 
@@ -311,14 +316,17 @@ impl Balancer {
     /// Counts a packet and its route.
     pub(crate) fn count(&self, route: Route, packet: &Packet) {
         self.stats.ways[route.way() as usize].add(1);
-        let bytes = packet.len() as u64;
+        let (packets, bytes) = (packet.segment_count() as u64, packet.segmented_len() as u64);
+        if packet.offload().gso.is_some() {
+            self.stats.super_packets.add(1);
+        }
         match route {
             Route::ToServer { server, decision } => {
                 if let Decision::Default(reason) = decision {
                     self.stats.defaulted[reason_index(reason)].add(1);
                 }
                 let stats = &self.servers[server.index()];
-                stats.sent(bytes);
+                stats.sent(packets, bytes);
                 match decision {
                     Decision::Selected => stats.selected.add(1),
                     Decision::LegacyHash | Decision::LegacyServer => self.count_plain(stats, packet),
@@ -327,7 +335,7 @@ impl Balancer {
             }
             Route::ToClient { server, .. } => {
                 let stats = &self.servers[server.index()];
-                stats.packets_back.add(1);
+                stats.packets_back.add(packets);
                 stats.bytes_back.add(bytes);
             }
             Route::Redirect { server, .. } => self.servers[server.index()].selected.add(1),
@@ -368,6 +376,8 @@ impl Balancer {
             fragments: stats.fragments.load(Ordering::Relaxed),
             fragments_evicted: stats.fragments_evicted.value(),
             path_mtu_changes: stats.path_mtu_changes.value(),
+            super_packets: stats.super_packets.value(),
+            segmented: 0,
             device_errors: stats.device_errors.value(),
             reloads: stats.reloads.value(),
             refused_reloads: stats.refused_reloads.value(),
@@ -419,6 +429,8 @@ impl fmt::Display for Snapshot {
             ("token_loads", self.token_loads),
             ("fragments_evicted", self.fragments_evicted),
             ("path_mtu_changes", self.path_mtu_changes),
+            ("super_packets", self.super_packets),
+            ("segmented", self.segmented),
             ("device_errors", self.device_errors),
             ("reloads", self.reloads),
             ("refused_reloads", self.refused_reloads),

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use shunt_host::HostOptions;
 use shunt_stack::device::{Capture, TunDevice, TunOptions};
 
 use crate::error::Error;
@@ -10,11 +11,12 @@ use crate::error::Error;
 ///
 /// # Errors
 /// As [`TunDevice::create`].
-pub(crate) fn open(name: &str, mtu: u32) -> Result<TunDevice, Error> {
-    let mut options = TunOptions::new(name);
+pub(crate) fn open(host: &HostOptions, mtu: u32) -> Result<TunDevice, Error> {
+    let mut options = TunOptions::new(&host.device);
+    options.super_packets = host.super_packets;
     options.mtu = u16::try_from(mtu).ok();
     options.up = false;
-    TunDevice::create(options).map_err(|error| Error::Device { name: name.to_owned(), error })
+    TunDevice::create(options).map_err(|error| Error::Device { name: host.device.clone(), error })
 }
 
 /// Creates the capture file.

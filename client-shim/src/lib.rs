@@ -87,7 +87,7 @@ async fn serve(
     let control = session.config().control.at(options.control_socket);
     let confined = options.sandbox.then(|| confinement(session.config(), &options.state_dir, &control));
     let asked = Server::open(&control, &options.state_dir, Role::Client)?;
-    let tun = device::open(&session.config().host.device, session.mtu())?;
+    let tun = device::open(&session.config().host, session.mtu())?;
     session.set_up(&options.state_dir).await?;
     if let Some(policy) = confined {
         sandbox::enter(&policy)?;

@@ -25,6 +25,7 @@ pub struct HostSettings {
     table: Option<Spanned<u32>>,
     preference: Option<Spanned<u32>>,
     device: Option<Spanned<String>>,
+    super_packets: Option<bool>,
 }
 
 /// Numbers and names a daemon uses on its host. The defaults of the roles differ, so that one of each can live on
@@ -45,6 +46,8 @@ pub struct HostOptions {
     pub preference: u32,
     /// The TUN device's name; with several, a number is appended.
     pub device: String,
+    /// Whether packets of up to 64 KiB pass the device in one piece.
+    pub super_packets: bool,
 }
 
 impl HostOptions {
@@ -63,6 +66,7 @@ impl HostOptions {
             table,
             preference,
             device: device.to_owned(),
+            super_packets: true,
         }
     }
 
@@ -94,6 +98,7 @@ impl HostSettings {
     pub fn resolve(&self, role: Role, source: &Source) -> Result<HostOptions, ConfigError> {
         let mut options = HostOptions::defaults(role);
         options.exid = self.exid.unwrap_or(options.exid);
+        options.super_packets = self.super_packets.unwrap_or(options.super_packets);
         self.resolve_mark(source, &mut options)?;
         if let Some(table) = &self.table {
             options.table = *table.get_ref();

@@ -81,6 +81,7 @@ async fn serve(
     // Set up as part of the host, so that it is quiet before it is up.
     let mut tun = TunOptions::new(&config.host.device);
     tun.up = false;
+    tun.super_packets = config.host.super_packets;
     let device = TunDevice::create(tun).map_err(Error::Device)?;
     let tunnels = config.decapsulate.as_ref().map(|tunnels| {
         Decapsulator::open(tunnels).map_err(|error| Error::Tunnels { port: tunnels.port, error })

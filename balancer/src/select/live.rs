@@ -219,7 +219,7 @@ mod tests {
         let lives = Lives::new([("a", Arc::clone(&stats))].into_iter());
         let (live, half_life) = (lives.get("a").unwrap(), Duration::from_secs(10));
         for _ in 0..1000 {
-            stats.sent(100);
+            stats.sent(1, 100);
         }
         assert!((live.recent_packets() - 1000.0).abs() < 1e-9);
         // In whatever steps time passes.
@@ -228,7 +228,7 @@ mod tests {
         }
         assert!((live.recent_packets() - 500.0).abs() < 1.0, "{}", live.recent_packets());
         lives.decay(Instant::from_millis(60_000), half_life);
-        stats.sent(100);
+        stats.sent(1, 100);
         assert!((live.recent_packets() - (500.0 / 32.0 + 1.0)).abs() < 1.0);
     }
 }

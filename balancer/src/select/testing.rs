@@ -64,7 +64,7 @@ impl Bench {
     /// Packets were sent to a server.
     pub(super) fn send(&self, server: usize, packets: u32) {
         let live = self.lives.get(&format!("s{server}")).unwrap();
-        (0..packets).for_each(|_| live.stats().sent(100));
+        (0..packets).for_each(|_| live.stats().sent(1, 100));
     }
 
     pub(super) fn order(&self, requests: u32) -> Vec<usize> {

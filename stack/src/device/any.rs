@@ -83,4 +83,12 @@ impl Device for AnyDevice {
             AnyDevice::PlainTun(device) => device.name(),
         }
     }
+
+    fn segmented(&self) -> u64 {
+        match self {
+            AnyDevice::Tun(device) => device.segmented(),
+            #[cfg(feature = "plain-tun")]
+            AnyDevice::PlainTun(device) => device.segmented(),
+        }
+    }
 }

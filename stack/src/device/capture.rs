@@ -164,4 +164,8 @@ impl<D: Device> Device for Captured<D> {
     fn name(&self) -> &str {
         self.device.name()
     }
+
+    fn segmented(&self) -> u64 {
+        self.device.segmented()
+    }
 }

@@ -66,6 +66,11 @@ pub trait Device: Send + Sync {
 
     /// The interface's name.
     fn name(&self) -> &str;
+
+    /// Super-packets cut before they were written, because the kernel did not take them.
+    fn segmented(&self) -> u64 {
+        0
+    }
 }
 
 impl<D: Device> Device for Arc<D> {
@@ -91,6 +96,10 @@ impl<D: Device> Device for Arc<D> {
 
     fn name(&self) -> &str {
         (**self).name()
+    }
+
+    fn segmented(&self) -> u64 {
+        (**self).segmented()
     }
 }
 

@@ -86,7 +86,16 @@ impl Device for PlainTun {
     }
 
     async fn send(&self, packet: &Packet) -> io::Result<()> {
-        self.inner.async_io(Interest::WRITABLE, |iface| iface.send(packet.bytes())).await.map(drop)
+        let send = async |packet: &[u8]| {
+            self.inner.async_io(Interest::WRITABLE, |iface| iface.send(packet)).await.map(drop)
+        };
+        if packet.offload() == Offload::default() {
+            return send(packet.bytes()).await;
+        }
+        for segment in packet.segments() {
+            send(segment.bytes()).await?;
+        }
+        Ok(())
     }
 
     fn mtu(&self) -> usize {

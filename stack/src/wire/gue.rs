@@ -19,7 +19,8 @@ use super::segment::put_ip_header;
 
 /// The registered UDP port.
 pub const PORT: u16 = 6080;
-const UDP_LEN: usize = 8;
+/// Bytes of a UDP header.
+pub(super) const UDP_LEN: usize = 8;
 const HEADER_LEN: usize = 4;
 const UDP: u8 = 17;
 /// Protocol numbers of inner packets.

@@ -5,6 +5,9 @@
 
 pub mod checksum;
 mod error;
+mod gso;
+#[cfg(test)]
+mod gso_tests;
 pub mod gue;
 mod icmp;
 mod ip;
@@ -18,6 +21,7 @@ mod tcp_option;
 #[cfg(test)]
 mod tests;
 mod too_big;
+mod vnet;
 
 pub use error::{OptionError, ParseError, Rejected};
 pub use icmp::{IcmpView, Quoted};
@@ -30,3 +34,4 @@ pub use seq::SeqNumber;
 pub use tcp::{TcpFlags, TcpView};
 pub use tcp_option::{TcpOption, TcpOptions};
 pub use too_big::too_big;
+pub use vnet::{VNET_LEN, VnetError, read_vnet, write_vnet};
