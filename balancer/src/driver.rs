@@ -3,6 +3,9 @@
 //! Nothing is decided here. One task carries packets, the other adapts the host; they share an `Active`, swapped as
 //! a whole. The other does one thing at a time: a signal, a request, changes of health.
 
+#[cfg(test)]
+mod allocations;
+
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;

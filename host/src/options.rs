@@ -219,10 +219,10 @@ mod tests {
         // 90 to 345 would hold 253.
         assert_eq!(got.unwrap_err().line(), Some(4));
         let got =
-            options("[host]\nexid = 0x1234\nmark = 0x40\ntable = 900\npreference = 5\ndevice = \"t0\"\n")
+            options("[host]\nexid = 0x1234\nmark = 0x40\ntable = 900\npreference = 5\ndevice = \"t0\"\nsuper_packets = false\n")
                 .unwrap();
         assert_eq!((got.exid, got.mark, got.mark_mask, got.table), (0x1234, 0x40, 0x40, 900));
-        assert_eq!((got.preference, got.device.as_str()), (5, "t0"));
+        assert_eq!((got.preference, got.device.as_str(), got.super_packets), (5, "t0", false));
     }
 
     #[test]
@@ -237,6 +237,7 @@ mod tests {
             ("device = \"a b\"", "interface's name"),
             ("device = \"sixteen-letters-\"", "interface's name"),
             ("exid = 70000", "invalid value"),
+            ("super_packets = 1", "invalid type"),
             ("mask = 1", "unknown field"),
         ] {
             let error = options(&format!("[host]\n{line}\n")).unwrap_err();

@@ -10,6 +10,7 @@ mod packets;
 mod peers;
 mod properties;
 mod rules;
+mod supers;
 mod tokens;
 mod traffic;
 mod tunnels;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use shunt_lab::Host;
-use shunt_stack::device::{Device, TunDevice};
+use shunt_stack::device::{Device, TunDevice, TunOptions};
 use shunt_stack::wire::{
     DEFAULT_EXID, Packet, RedirectOption, Segment, SeqNumber, TcpFlags, observed_digest,
 };
@@ -28,7 +28,10 @@ impl Wire {
     pub(crate) fn open(host: &Host, addresses: [&str; 2]) -> Wire {
         let open = || {
             let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-            let device = runtime.block_on(async { TunDevice::create("raw0") });
+            let mut options = TunOptions::new("raw0");
+            // Checksums are complete, as on a link.
+            options.super_packets = false;
+            let device = runtime.block_on(async { TunDevice::create(options) });
             Wire { device: device.expect("a TUN device (this test must run as root)"), runtime }
         };
         let wire = host.enter(open).unwrap();

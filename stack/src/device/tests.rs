@@ -240,6 +240,106 @@ fn a_tun_device_exchanges_packets_of_any_size_with_the_kernel() {
     in_namespace(|| async { exchanges_packets_with_the_kernel(TunDevice::open("tun7").unwrap()).await });
 }
 
+/// 50 datagrams of one write are one super-packet where the device has them, and answered by one; else 50.
+async fn carries_what_one_write_made(super_packets: bool) {
+    use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
+    let mut options = TunOptions::new("tun7");
+    options.super_packets = super_packets;
+    let device = TunDevice::create(options).unwrap();
+    ip("address add 10.1.2.1/24 dev tun7");
+    let socket = UdpSocket::bind("10.1.2.1:5000").unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    setsockopt(&socket, UdpGsoSegment, &1000).unwrap();
+    let content: Vec<u8> = (0..49_500).map(|at| (at % 251) as u8).collect();
+    socket.send_to(&content, "10.1.2.2:6000").unwrap();
+    let (mut packets, mut left) = (Vec::new(), content.len());
+    while left > 0 {
+        let packet = tokio::time::timeout(Duration::from_secs(5), received(&device)).await.unwrap();
+        if packet.version() == crate::wire::Version::V4 {
+            left -= packet.len() - 28;
+            packets.push(packet);
+        }
+    }
+    assert_eq!(packets.len(), if super_packets { 1 } else { 50 });
+    for packet in &mut packets {
+        assert!(packet.checksum_ok());
+        let (source, destination) = (packet.source(), packet.destination());
+        packet.set_source(destination);
+        packet.set_destination(source);
+        packet.set_source_port(6000);
+        packet.set_destination_port(5000);
+        device.send(packet).await.unwrap();
+        // Cut by ourselves it is the same to the kernel.
+        device.send_segments(packet).await.unwrap();
+    }
+    let mut buffer = vec![0; 65_536];
+    let mut received: Vec<Vec<u8>> = (0..100)
+        .map(|_| {
+            let length = socket.recv(&mut buffer).unwrap();
+            buffer[..length].to_vec()
+        })
+        .collect();
+    let mut expected: Vec<Vec<u8>> =
+        content.chunks(1000).chain(content.chunks(1000)).map(<[u8]>::to_vec).collect();
+    received.sort();
+    expected.sort();
+    assert!(received == expected, "what came back is not what was sent");
+    assert_eq!((device.truncated(), device.malformed(), device.segmented()), (0, 0, 0));
+}
+
+#[test]
+fn a_tun_device_carries_super_packets_in_one_piece() {
+    in_namespace(|| carries_what_one_write_made(true));
+}
+
+#[test]
+fn a_tun_device_without_super_packets_carries_their_segments() {
+    in_namespace(|| carries_what_one_write_made(false));
+}
+
+#[test]
+fn what_the_kernel_does_not_take_in_one_piece_is_cut_and_counted() {
+    use crate::wire::{Gso, GsoKind};
+    in_namespace(|| async {
+        let device = TunDevice::open("tun7").unwrap();
+        ip("address add 10.1.2.1/24 dev tun7");
+        let socket = UdpSocket::bind("10.1.2.1:5000").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        socket.send_to(&[7; 3000][..1000], "10.1.2.2:6000").unwrap();
+        let packet = loop {
+            let packet = received(&device).await;
+            if packet.version() == crate::wire::Version::V4 {
+                break packet;
+            }
+        };
+        let refusal = io::Error::from_raw_os_error(nix::libc::EINVAL);
+        let mut answer = packet;
+        let (source, destination) = (answer.source(), answer.destination());
+        answer.set_source(destination);
+        answer.set_destination(source);
+        answer.set_source_port(6000);
+        answer.set_destination_port(5000);
+        let cut_at = |size: u16| {
+            let gso = Some(Gso { kind: GsoKind::Udp, size, ecn: false });
+            Packet::parse(BytesMut::from(answer.bytes()), Offload { partial_checksum: true, gso }).unwrap()
+        };
+        let mut buffer = [0; 2000];
+        // The kernel keeps this size for itself (GSO_BY_FRAGS).
+        device.send(&cut_at(u16::MAX)).await.unwrap();
+        assert_eq!((device.segmented(), socket.recv(&mut buffer).unwrap()), (1, 1000));
+        device.send_refused(&cut_at(400), &refusal).await.unwrap();
+        assert_eq!(device.segmented(), 2);
+        for length in [400, 400, 200] {
+            assert_eq!(socket.recv(&mut buffer).unwrap(), length);
+        }
+        // A device that is down takes no segments either, and says so.
+        ip("link set tun7 down");
+        let error = device.send(&cut_at(400)).await.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(nix::libc::EIO));
+        assert_eq!(device.segmented(), 2);
+    });
+}
+
 #[cfg(feature = "plain-tun")]
 #[test]
 fn a_plain_tun_device_exchanges_packets_of_any_size_with_the_kernel() {

@@ -97,7 +97,10 @@ impl TunDevice {
         let failed = |error: io::Error| explain(&options.name, &error);
         let inner = match build(&options, options.super_packets) {
             Err(error) if options.super_packets => build(&options, false).map_err(|_| error).inspect(|_| {
-                tracing::warn!(device = options.name, "this kernel has no super-packets: packets pass one by one");
+                tracing::warn!(
+                    device = options.name,
+                    "this kernel has no super-packets: packets pass one by one"
+                );
             }),
             built => built,
         };
@@ -198,7 +201,7 @@ impl TunDevice {
     }
 
     /// Does here what was left to the device.
-    async fn send_segments(&self, packet: &Packet) -> io::Result<()> {
+    pub(super) async fn send_segments(&self, packet: &Packet) -> io::Result<()> {
         for segment in packet.segments() {
             self.send_bare(segment.bytes()).await?;
         }
@@ -206,7 +209,7 @@ impl TunDevice {
     }
 
     /// A super-packet that the kernel refused.
-    async fn send_refused(&self, packet: &Packet, refusal: &io::Error) -> io::Result<()> {
+    pub(super) async fn send_refused(&self, packet: &Packet, refusal: &io::Error) -> io::Result<()> {
         self.send_segments(packet).await?;
         self.segmented.fetch_add(1, Ordering::Relaxed);
         self.told.call_once(|| {

@@ -6,13 +6,17 @@ use bytes::BytesMut;
 
 use super::draw::{Draw, finish};
 use super::invariants::{Snapshot, parses};
-use crate::wire::{DEFAULT_EXID, Gso, GsoKind, Offload, Packet, RedirectOption, Version};
+use crate::wire::{
+    DEFAULT_EXID, Gso, GsoKind, Offload, Packet, RedirectOption, VNET_LEN, Version, read_vnet, write_vnet,
+};
 
 const MTU: usize = 1500;
+/// The most segments that one input is cut into.
+const SEGMENTS: usize = 100;
 
-/// One byte of mode (1 partial checksum, 6 super-packet, 8 lengths and checksums made right, 16 opaque), seven of
-/// values, then the packet. Reading it must not panic; no rewrite may make a right checksum wrong or a wrong one right,
-/// or leave bytes that do not parse.
+/// One byte of mode (1 partial checksum, 6 super-packet, 8 lengths and checksums made right, 16 opaque, 64 behind a
+/// virtio-net header), eight of values, then the packet. Reading it must not panic; no rewrite and no segmentation may
+/// make a right checksum wrong or a wrong one right, or leave bytes that do not parse.
 ///
 /// # Panics
 /// If one of these breaks.
@@ -24,6 +28,9 @@ pub fn packet(data: &[u8]) {
     let rest = data.get(9..).unwrap_or_default();
     if mode & 16 != 0 {
         return opaque(rest, address);
+    }
+    if mode & 64 != 0 {
+        return behind_header(rest, port, address);
     }
     let kind = match mode >> 1 & 3 {
         0 => None,
@@ -39,9 +46,54 @@ pub fn packet(data: &[u8]) {
         finish(rest.to_vec(), offload)
     };
     let Some(packet) = parsed else { return };
-    parses(&packet);
-    read(&packet);
-    rewrite(&packet, port, address);
+    whole(&packet, port, address);
+}
+
+fn whole(packet: &Packet, port: u16, address: u32) {
+    parses(packet);
+    read(packet);
+    undone(packet);
+    rewrite(packet, port, address);
+}
+
+/// A packet as a TUN device gives it: the header is as untrusted as the rest.
+fn behind_header(data: &[u8], port: u16, address: u32) {
+    let Some((header, bytes)) = data.split_at_checked(VNET_LEN) else {
+        assert!(read_vnet(data, &mut []).is_err());
+        return;
+    };
+    let mut buffer = BytesMut::from(bytes);
+    let Ok(offload) = read_vnet(header, &mut buffer) else {
+        assert_eq!(buffer, bytes, "refused and changed");
+        return;
+    };
+    let Ok(packet) = Packet::parse(buffer, offload) else { return };
+    whole(&packet, port, address);
+}
+
+/// What is left undone is told as it was, and done here as the kernel would.
+fn undone(packet: &Packet) {
+    let mut bytes = packet.bytes().to_vec();
+    assert_eq!(read_vnet(&write_vnet(packet), &mut bytes), Ok(packet.offload()));
+    assert_eq!(bytes, packet.bytes());
+    let (ok, count, headers) = (packet.checksum_ok(), packet.segment_count(), packet.headers_len());
+    let mut completed = packet.clone();
+    completed.complete_checksum();
+    assert_eq!((completed.checksum_ok(), completed.offload().partial_checksum), (ok, false));
+    if count > SEGMENTS {
+        return;
+    }
+    let (mut joined, mut length, mut segments) = (Vec::new(), 0, 0);
+    for segment in packet.segments() {
+        assert_eq!((segment.offload(), segment.headers_len()), (Offload::default(), headers));
+        assert_eq!(segment.checksum_ok(), ok, "{packet:?} -> {segment:?}");
+        parses(&segment);
+        joined.extend_from_slice(&segment.bytes()[headers..]);
+        length += segment.len();
+        segments += 1;
+    }
+    assert_eq!(joined, packet.bytes()[headers..]);
+    assert_eq!((length, segments), (packet.segmented_len(), count));
 }
 
 fn opaque(bytes: &[u8], address: u32) {
