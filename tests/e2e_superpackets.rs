@@ -80,7 +80,7 @@ fn datagrams(super_packets: bool) {
         let content: Vec<u8> = (0..DATAGRAMS * usize::from(SIZE) - 1).map(|at| (at % 251) as u8).collect();
         // The first packets wait for a neighbour, and are not many that may.
         client.send(&content[..1]).expect("a datagram leaves");
-        let mut buffer = [0; 65_536];
+        let mut buffer = vec![0; 65_536];
         let (_, from) = server.recv_from(&mut buffer).expect("a datagram arrives");
         assert_eq!(client.send(&content).expect("a super-packet leaves"), content.len());
         for expected in content.chunks(usize::from(SIZE)) {

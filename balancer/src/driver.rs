@@ -303,7 +303,7 @@ impl<D: Device> Active<D> {
         let connections = self.connections.as_ref();
         snapshot.connections = connections.map(|connections| connections.snapshot(self.balancer.now()));
         let devices = self.outputs.iter().chain([&self.main]);
-        snapshot.segmented = devices.map(|device| device.segmented()).sum();
+        snapshot.segmented = devices.map(Device::segmented).sum();
         snapshot
     }
 
