@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use shunt_host::control::{ControlError, Server};
 use shunt_host::sandbox::{self, SandboxError};
-use shunt_host::{DEFAULT_STATE_DIR, Host, HostError, Role, nft_available};
+use shunt_host::{Change, DEFAULT_STATE_DIR, Host, HostError, Role, nft_available};
 use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice, TunOptions};
 use shunt_stack::wire::{Offload, Packet, ParseError};
 use thiserror::Error;
@@ -29,6 +29,7 @@ use crate::connections::Connections;
 use crate::connectors::{Connectors, without_the_missing};
 use crate::health::{Monitor, Transition};
 use crate::host::{Devices, ServerDevice, changes, confinement, device_name, main_mtu};
+use crate::offload::Standing;
 use crate::tunnel::{Hops, Tunnels, look};
 use crate::{Balancer, DropReason, LoadError, Memory, Output, Route, SelectKey, Snapshot, Unfit};
 
@@ -36,6 +37,8 @@ use crate::{Balancer, DropReason, LoadError, Memory, Output, Route, SelectKey, S
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the routes to servers are looked up, in `gue` mode.
 const ROUTES_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the counters of what the kernel forwards by itself are read.
+const COUNTS_INTERVAL: Duration = Duration::from_secs(1);
 /// The most packets for which the time is told once.
 const BATCH: u32 = 64;
 /// The host session's name.
@@ -155,9 +158,10 @@ pub async fn run(
 ) -> Result<(), Error> {
     let RunOptions { capture, ready, config_path, state_dir, handle, control_socket, sandbox } = options;
     let told = Told { sandbox, ready, handle };
+    let recorded = capture.is_some();
     let state_dir = state_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR));
     let path = config_path.unwrap_or_else(|| config.path.clone());
-    let places = Places { path, state_dir, control_socket };
+    let places = Places { path, state_dir, control_socket, recorded };
     // What goes into a tunnel goes there one by one.
     let super_packets = config.host.super_packets && config.forward != ForwardMode::Gue;
     let tun = move |name: &str| {
@@ -188,6 +192,8 @@ struct Places {
     path: PathBuf,
     state_dir: PathBuf,
     control_socket: Option<PathBuf>,
+    /// Whether there is a capture, which has to see every packet.
+    recorded: bool,
 }
 
 /// What packets are forwarded by: replaced as a whole.
@@ -368,6 +374,7 @@ pub(crate) struct Daemon<D, F> {
     pub(crate) hops: Hops,
     pub(crate) host: Host,
     pub(crate) nft: bool,
+    pub(crate) offload: Standing,
     pub(crate) devices: Devices,
     server: Server,
     main: Arc<D>,
@@ -378,8 +385,9 @@ pub(crate) struct Daemon<D, F> {
 
 impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     async fn start(config: Config, places: Places, open: F) -> Result<Self, Error> {
-        let Places { path, state_dir, control_socket } = places;
-        // The rule to a VIP and the blackhole behind it stay, so that connects meet silence, not "unreachable", meanwhile.
+        let Places { path, state_dir, control_socket, recorded } = places;
+        // The rule to a VIP and the blackhole behind it stay, so that connects meet silence, not "unreachable", meanwhile;
+        // what the kernel forwards by itself goes on.
         let mut host = Host::open_keeping(&state_dir, SESSION, &config.host, |_| true).await?;
         let nft = nft_available().await;
         if !nft && config.forward == ForwardMode::Gue {
@@ -412,7 +420,9 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         let balancer = Balancer::new_without(&config, &unfit, SelectKey::from_system()).through(tunnels);
         let balancer = Arc::new(balancer);
         let connections = Connections::new(&config);
-        if let Err(error) = host.replace(changes(&config, &devices, nft)).await {
+        let mut offload = Standing::new(recorded, nft);
+        let base = changes(&config, &devices, nft);
+        if let Err(error) = offload.install(&mut host, base, &config, &balancer).await {
             if let Err(undo) = host.close().await {
                 tracing::warn!(%undo, "undoing the changes to the host after a failure failed as well");
             }
@@ -434,6 +444,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             hops,
             host,
             nft,
+            offload,
             devices,
             server,
             main,
@@ -450,6 +461,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         interval.tick().await;
         let mut routes = tokio::time::interval(ROUTES_INTERVAL);
         routes.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut counts = tokio::time::interval(COUNTS_INTERVAL);
+        counts.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 // Signals that come meanwhile are one more reload, of the file as it is then.
@@ -458,6 +471,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
                 changed = self.monitor.changed() => self.health_changed(&changed).await,
                 news = self.connectors.news() => self.links_changed(news).await,
                 _ = interval.tick() => self.log_counters(),
+                _ = counts.tick() => self.count_offloaded().await,
                 _ = routes.tick() => self.look_for_routes().await,
             }
         }
@@ -509,6 +523,20 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         self.renew().await;
     }
 
+    /// Adds what the kernel has forwarded by itself to the counters.
+    pub(crate) async fn count_offloaded(&mut self) {
+        self.offload.count(&self.host).await;
+    }
+
+    /// Makes the host as `base` says, and lets what the kernel forwards by itself follow the table.
+    async fn follow_table(&mut self, base: Vec<Change>) {
+        let balancer = self.balancer();
+        let result = self.offload.install(&mut self.host, base, &self.config, &balancer).await;
+        if let Err(error) = result {
+            tracing::warn!(%error, "what the old configuration needed on the host could not all be removed");
+        }
+    }
+
     /// Decides by the same configuration and by what is known of the servers now.
     pub(crate) async fn renew(&mut self) {
         let balancer = self.successor(&self.config, &self.devices, &self.hops).await;
@@ -517,6 +545,9 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         let outputs = before.outputs.clone();
         let main = Arc::clone(&self.main);
         self.active.send_replace(Arc::new(Active { main, balancer, connections, outputs }));
+        if self.offload.in_force() {
+            self.follow_table(changes(&self.config, &self.devices, self.nft)).await;
+        }
     }
 
     /// What will decide by a configuration, the servers' health and their links. Made beside, because packets go on.
@@ -551,7 +582,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         self.connectors.mark(&config, &mut devices);
         let outputs = self.outputs(&devices)?;
         let hops = look(&config).await.map_err(|error| error.to_string())?;
-        let old = changes(&self.config, &self.devices, self.nft);
+        let mut old = changes(&self.config, &self.devices, self.nft);
+        old.extend(self.offload.changes());
         let new = changes(&config, &devices, self.nft);
         // New ones first, then the packets, then the old ones go: at no time does a rule miss that a packet needs.
         let both = union(&old, &new);
@@ -568,9 +600,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         self.active.send_replace(Arc::new(Active { main, balancer, connections, outputs }));
         self.published.send_replace(Arc::new(config.clone()));
         (self.config, self.devices, self.hops) = (config, devices, hops);
-        if let Err(error) = self.host.replace(new).await {
-            tracing::warn!(%error, "what the old configuration needed on the host could not all be removed");
-        }
+        self.follow_table(new).await;
         Ok(())
     }
 
@@ -587,7 +617,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     }
 
     /// Restores the host.
-    async fn stop(self) -> Result<(), Error> {
+    async fn stop(mut self) -> Result<(), Error> {
+        self.count_offloaded().await;
         tracing::info!(counters = %self.snapshot(), "stopping");
         Ok(self.host.close().await?)
     }
@@ -618,8 +649,8 @@ fn server_devices(config: &Config, before: Option<(&Config, &Devices)>, main: &s
 }
 
 /// All of `new`, and of `old` what does not contradict it: there is one nftables table.
-fn union(old: &[shunt_host::Change], new: &[shunt_host::Change]) -> Vec<shunt_host::Change> {
-    let replaced = |change: &shunt_host::Change| matches!(change, shunt_host::Change::Divert(_));
+fn union(old: &[Change], new: &[Change]) -> Vec<Change> {
+    let replaced = |change: &Change| new.iter().any(|new| new.replaces(change));
     let kept = old.iter().filter(|change| !new.contains(change) && !replaced(change));
     kept.chain(new).cloned().collect()
 }

@@ -263,6 +263,8 @@ fn divert(config: &Config, devices: &Devices) -> Divert {
         packets.push(PacketMatch { kind: PacketKind::IcmpAnswer, source: answering.into_iter().collect() });
         icmp.push(QuotedMatch { destination: servers, udp: true, ..QuotedMatch::default() });
     }
+    // What the kernel forwards by itself has its new destination when the kernel complains of it.
+    let icmp_outgoing = if config.host.offload { icmp.clone() } else { Vec::new() };
     let ends = unique(&mut config.servers.iter().flat_map(|server| server.ends.iter().copied()));
     if !ends.is_empty() {
         let destination = ends.iter().map(|end| end.address()).collect();
@@ -279,6 +281,7 @@ fn divert(config: &Config, devices: &Devices) -> Divert {
         mask: config.host.mark_mask,
         except_interface: Some(devices.main.clone()),
         icmp,
+        icmp_outgoing,
         packets,
         untracked_incoming: untracked,
         ..Divert::default()

@@ -30,6 +30,7 @@ mod host;
 mod icmp;
 pub mod limit;
 pub mod maglev;
+pub mod offload;
 mod qos;
 pub mod route;
 pub mod select;

@@ -99,12 +99,29 @@ pub fn at_level(hash: u64, level: u8) -> u64 {
     hash / (SLOTS as u64).pow(u32::from(level))
 }
 
-/// The hash of a client's address and port: the same on every balancer.
-pub fn hash_client(client: SocketAddr) -> u64 {
-    let mut hasher = SipHasher24::new_with_keys(0x6c65_6761_6379, 0);
-    write_address(&mut hasher, client.ip());
-    hasher.write(&client.port().to_be_bytes());
-    hasher.finish()
+/// The seed of [`hash_client`] on a level of a tree: each level has a hash of its own, for the reason of [`at_level`].
+pub fn client_seed(level: u8) -> u32 {
+    0x6c65_6761_u32.wrapping_add(u32::from(level).wrapping_mul(0x9e37_79b9))
+}
+
+/// The slot of a client by its address and port, on a level of a tree: the same on every balancer, and what nftables
+/// finds by `jhash ip saddr . tcp sport mod 65537 seed S` ([`shunt_host::offload::Spread`]).
+pub fn hash_client(client: SocketAddr, level: u8) -> u64 {
+    let mut key = [0; 20];
+    let len = match client.ip() {
+        IpAddr::V4(address) => {
+            key[..4].copy_from_slice(&address.octets());
+            key[4..6].copy_from_slice(&client.port().to_be_bytes());
+            8
+        }
+        IpAddr::V6(address) => {
+            key[..16].copy_from_slice(&address.octets());
+            key[16..18].copy_from_slice(&client.port().to_be_bytes());
+            20
+        }
+    };
+    // The kernel scales 32 bits to the number of slots.
+    (u64::from(jhash::jhash(&key[..len], client_seed(level))) * SLOTS as u64) >> 32
 }
 
 /// The hash of a flow of datagrams, by both ends: the same on every balancer.
@@ -206,7 +223,8 @@ mod tests {
         // A fixed vector: another version of this program must choose the same.
         let first: Vec<usize> = table.slots()[..8].iter().map(|slot| slot.index()).collect();
         assert_eq!(first, [2, 1, 1, 0, 1, 0, 2, 1]);
-        assert_eq!(hash_client("192.0.2.1:4711".parse().unwrap()) % 65_537, 24_986);
+        assert_eq!(hash_client("192.0.2.1:4711".parse().unwrap(), 0), 24_986);
+        assert_eq!(hash_client("[2001:db8::1]:4711".parse().unwrap(), 1), 24_986);
     }
 
     #[test]
@@ -215,12 +233,12 @@ mod tests {
         let table = Maglev::new(&members(&[1; 4])).unwrap();
         let clients =
             (0..40_000u32).map(|n| SocketAddr::new([10, 1, (n >> 8) as u8, n as u8].into(), 50_000));
-        let below: Vec<u64> =
-            clients.map(hash_client).filter(|hash| table.lookup(*hash).index() == 0).collect();
+        let of = |client: &SocketAddr, level| table.lookup(hash_client(*client, level)).index();
+        let below: Vec<SocketAddr> = clients.filter(|client| of(client, 0) == 0).collect();
         let spread = |level| {
             let mut counts = [0; 4];
-            for hash in &below {
-                counts[table.lookup(at_level(*hash, level)).index()] += 1;
+            for client in &below {
+                counts[of(client, level)] += 1;
             }
             counts
         };

@@ -15,7 +15,7 @@ use crate::Balancer;
 use crate::config::{ForwardMode, Legacy, Transport};
 use crate::icmp::is_answer;
 use crate::limit::Limit;
-use crate::maglev::{at_level, hash_client};
+use crate::maglev::hash_client;
 use crate::select::Request;
 use crate::table::{ServerId, Set, Vip};
 
@@ -335,7 +335,7 @@ impl Balancer {
         match self.table.legacy {
             Legacy::Hash => {
                 let maglev = set.maglev.as_ref().ok_or(DropReason::NoServer(port))?;
-                Ok((maglev.lookup(at_level(hash_client(client), self.table.level)), true))
+                Ok((maglev.lookup(hash_client(client, self.table.level)), true))
             }
             Legacy::DefaultServer => {
                 vip.legacy_server().map(|server| (server, false)).ok_or(DropReason::NoServer(port))

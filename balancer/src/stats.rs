@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
+use shunt_host::offload::Count;
 use shunt_stack::redirect::TokenRefusal;
 use shunt_stack::wire::{Packet, ParseError, TcpFlags};
 
@@ -143,6 +144,8 @@ pub struct Stats {
     device_errors: Counter,
     reloads: Counter,
     refused_reloads: Counter,
+    /// Packets that the kernel has forwarded by itself; they are counted as decided, too.
+    offloaded: Counter,
 }
 
 /// What is counted for one server; outlives reloads that keep its name.
@@ -195,6 +198,9 @@ pub struct Snapshot {
     pub reloads: u64,
     /// Configurations refused.
     pub refused_reloads: u64,
+    /// Packets that the kernel forwarded by itself, a super-packet as one; they are in `decisions` and in the servers'
+    /// counters, too. Read every second.
+    pub offloaded: u64,
     /// By server.
     pub servers: BTreeMap<String, ServerSnapshot>,
     /// Connections as their SYN, FIN and RST segments tell, where that is switched on; filled in by the daemon.
@@ -261,6 +267,12 @@ impl Stats {
         if taken { self.reloads.add(1) } else { self.refused_reloads.add(1) }
     }
 
+    /// Counts what the kernel has forwarded by itself.
+    pub(crate) fn offloaded(&self, way: Way, packets: u64) {
+        self.offloaded.add(packets);
+        self.ways[way as usize].add(packets);
+    }
+
     pub(crate) fn dropped(&self, reason: DropReason) {
         self.drops[reason_index(reason)].add(1);
     }
@@ -271,6 +283,14 @@ impl ServerStats {
     pub(crate) fn sent(&self, packets: u64, bytes: u64) {
         self.packets.add(packets);
         self.bytes.add(bytes);
+    }
+
+    /// Counts packets that the kernel has forwarded by itself, to the server or from it.
+    pub(crate) fn offloaded(&self, back: bool, count: Count) {
+        let (packets, bytes) =
+            if back { (&self.packets_back, &self.bytes_back) } else { (&self.packets, &self.bytes) };
+        packets.add(count.packets);
+        bytes.add(count.bytes);
     }
 
     /// Packets sent to it so far.
@@ -381,6 +401,7 @@ impl Balancer {
             device_errors: stats.device_errors.value(),
             reloads: stats.reloads.value(),
             refused_reloads: stats.refused_reloads.value(),
+            offloaded: stats.offloaded.value(),
             servers: self
                 .table
                 .names()
@@ -434,6 +455,7 @@ impl fmt::Display for Snapshot {
             ("device_errors", self.device_errors),
             ("reloads", self.reloads),
             ("refused_reloads", self.refused_reloads),
+            ("offloaded_packets", self.offloaded),
         ] {
             writeln!(f, "# TYPE shunt_balancer_{name}_total counter\nshunt_balancer_{name}_total {value}")?;
         }

@@ -222,6 +222,16 @@ impl Table {
         Some(self.back[index].1)
     }
 
+    /// All of [`back`](Self::back).
+    pub(crate) fn ways_back(&self) -> impl Iterator<Item = (IpAddr, u8, u16, Back)> {
+        self.back.iter().map(|((address, protocol, port), back)| (*address, *protocol, *port, *back))
+    }
+
+    /// The table of a service's plain clients (`B3`); `None` if no server is up.
+    pub(crate) fn maglev(&self, service: usize, family: Family) -> Option<&Arc<Maglev>> {
+        self.sets.get(set_index(service, family))?.maglev.as_ref()
+    }
+
     /// A server's address of the family of `like`.
     pub(crate) fn address(&self, server: ServerId, like: IpAddr) -> Option<IpAddr> {
         let target = self.targets.get(server.index())?;

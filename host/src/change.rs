@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::divert::Divert;
+use crate::offload::Offload;
 use crate::prefix::{Family, PortRange, Prefix, Transport};
 
 /// The main route table.
@@ -37,13 +38,29 @@ pub enum Change {
     Link(Link),
     /// Creates, or replaces as a whole, our nftables table.
     Divert(Divert),
+    /// Creates, or replaces as a whole, our nftables table of maps.
+    Offload(Offload),
 }
 
 impl Change {
-    /// Whether it can outlive the daemon ([`Host::close_keeping`](crate::Host::close_keeping)): rules and
-    /// blackholes, which need no device of ours.
+    /// Whether it can outlive the daemon ([`Host::close_keeping`](crate::Host::close_keeping)): rules, blackholes,
+    /// sysctls and maps, which need no device of ours.
     pub fn can_stay(&self) -> bool {
-        matches!(self, Change::Rule(_) | Change::Route(Route { target: Target::Blackhole, .. }))
+        matches!(
+            self,
+            Change::Rule(_)
+                | Change::Route(Route { target: Target::Blackhole, .. })
+                | Change::Sysctl(_)
+                | Change::Offload(_)
+        )
+    }
+
+    /// Whether there is one of its kind, and a new one takes the place of the old in one step.
+    pub fn replaces(&self, old: &Change) -> bool {
+        matches!(
+            (self, old),
+            (Change::Divert(_), Change::Divert(_)) | (Change::Offload(_), Change::Offload(_))
+        )
     }
 }
 
@@ -321,4 +338,4 @@ macro_rules! into_change {
         })*
     };
 }
-into_change!(Sysctl, Rule, Route, Address, Link, Divert);
+into_change!(Sysctl, Rule, Route, Address, Link, Divert, Offload);

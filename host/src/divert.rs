@@ -126,6 +126,9 @@ pub struct Divert {
     pub outgoing: Vec<SegmentMatch>,
     /// Marked on arrival.
     pub icmp: Vec<QuotedMatch>,
+    /// The same of errors that this host itself sends, about packets that it could not pass on.
+    #[serde(default)]
+    pub icmp_outgoing: Vec<QuotedMatch>,
     /// Marked on arrival.
     #[serde(default)]
     pub packets: Vec<PacketMatch>,

@@ -1,5 +1,6 @@
 //! A session of changes: applied in order, journalled before they are made, undone in reverse order.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
 
@@ -10,8 +11,11 @@ use crate::change::Change;
 use crate::error::HostError;
 use crate::kernel::{self, LinkState, Netlink};
 use crate::ledger::{self, Files};
+use crate::maps;
 use crate::nft;
+use crate::offload::{Count, Counted};
 use crate::options::HostOptions;
+use crate::sysctl;
 
 /// Where state files are kept unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/run/shunt";
@@ -133,10 +137,9 @@ impl Host {
     /// # Errors
     /// The first failure; what was done until then stands, and [`Host::close`] still undoes it.
     pub async fn replace(&mut self, wanted: Vec<Change>) -> Result<(), HostError> {
-        let new_divert = wanted.iter().any(|change| matches!(change, Change::Divert(_)));
         for index in (0..self.applied.len()).rev() {
             let change = &self.applied[index].change;
-            let replaced = new_divert && matches!(change, Change::Divert(_));
+            let replaced = wanted.iter().any(|new| new.replaces(change));
             if !wanted.contains(change) && !replaced {
                 self.undo(&self.applied[index]).await?;
                 self.applied.remove(index);
@@ -191,9 +194,7 @@ impl Host {
                 }
                 return Err(error);
             }
-            if let Change::Divert(_) = entry.change {
-                self.applied.retain(|old| !matches!(old.change, Change::Divert(_)));
-            }
+            self.applied.retain(|old| !entry.change.replaces(&old.change));
             self.applied.push(entry);
         }
         self.save()
@@ -223,6 +224,7 @@ impl Host {
                 None => Err(HostError::NoInterface(link.interface.clone())),
             },
             Change::Divert(divert) => nft::install(&self.table(), divert).await,
+            Change::Offload(offload) => maps::install(&self.maps_table(), offload).await,
         }
     }
 
@@ -246,6 +248,7 @@ impl Host {
                 None => Ok(()),
             },
             Change::Divert(_) => nft::remove(&self.table()).await.map(drop),
+            Change::Offload(_) => nft::remove(&self.maps_table()).await.map(drop),
         }
     }
 
@@ -275,17 +278,32 @@ impl Host {
     async fn remove_leftovers(&mut self, keep: impl Fn(&Change) -> bool) -> Result<usize, HostError> {
         self.applied = ledger::load(&self.files.journal())?.unwrap_or_default();
         let journalled = self.applied.len();
-        self.undo_unless(keep).await?;
+        // A device's sysctls went with it.
+        let gone = |change: &Change| match change {
+            Change::Sysctl(sysctl) => !matches!(sysctl::read(&sysctl.key), Ok(Some(_))),
+            _ => false,
+        };
+        self.undo_unless(|change| keep(change) && !gone(change)).await?;
         let journalled = journalled - self.applied.len();
         // What the journal missed: it may have been lost, or have been another boot's.
         let found = kernel::sweep(&self.netlink, &self.options, &self.changes().collect::<Vec<_>>()).await?;
+        let mut stays = BTreeSet::new();
         for entry in &self.applied {
+            match &entry.change {
+                // Its maps are not in the journal. If it was never made, removing it is no error.
+                Change::Offload(_) => continue,
+                Change::Sysctl(sysctl) => stays.insert(sysctl.key.clone()),
+                _ => false,
+            };
             // It may have been written down but never made.
             kernel::or_exists(self.apply_one(entry).await)?;
         }
-        let table = usize::from(nft::remove(&self.table()).await?);
+        let mut table = usize::from(nft::remove(&self.table()).await?);
+        if !self.changes().any(|change| matches!(change, Change::Offload(_))) {
+            table += usize::from(nft::remove(&self.maps_table()).await?);
+        }
         let mut ledger = self.files.ledger().await?;
-        ledger.release_all()?;
+        ledger.release_all_but(&stays)?;
         if ledger.release_local_last()? {
             kernel::move_local_first(&self.netlink).await?;
         }
@@ -305,9 +323,30 @@ impl Host {
         }
     }
 
+    /// What each entry of the standing [`Offload`](crate::Offload) has counted since it was installed; nothing if none
+    /// stands.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub async fn offload_counts(&self) -> Result<BTreeMap<Counted, Count>, HostError> {
+        let standing = self.changes().find_map(|change| match change {
+            Change::Offload(offload) => Some(offload),
+            _ => None,
+        });
+        match standing {
+            Some(offload) => maps::counts(&self.maps_table(), offload).await,
+            None => Ok(BTreeMap::new()),
+        }
+    }
+
     /// The name of our nftables table.
     fn table(&self) -> String {
         format!("shunt_{}", self.name)
+    }
+
+    /// The name of that of maps.
+    fn maps_table(&self) -> String {
+        format!("shunt_{}_maps", self.name)
     }
 }
 

@@ -248,13 +248,13 @@ impl Ledger {
         Ok(self.shared.local_last.is_empty())
     }
 
-    /// Gives up all that this daemon's journal may have missed.
-    pub(crate) fn release_all(&mut self) -> Result<(), HostError> {
+    /// Gives up all that this daemon's journal may have missed, but for the sysctls of these keys.
+    pub(crate) fn release_all_but(&mut self, kept: &BTreeSet<String>) -> Result<(), HostError> {
         let held: Vec<String> = self
             .shared
             .sysctls
             .iter()
-            .filter(|(_, held)| held.holders.contains_key(&self.name))
+            .filter(|(key, held)| held.holders.contains_key(&self.name) && !kept.contains(*key))
             .map(|(key, _)| key.clone())
             .collect();
         for key in held {

@@ -2,7 +2,7 @@
 //!
 //! - [`config`] reads the daemons' TOML and points at mistakes; [`options`] holds what all three roles share.
 //! - [`change`] describes changes as values: sysctls, reserved ports, policy rules, routes, addresses, links and
-//!   ([`divert`]) packet marks. A [`Host`] applies them through netlink and `/proc/sys` and undoes them in reverse
+//!   ([`divert`]) packet marks and ([`offload`]) what the kernel forwards by itself. A [`Host`] applies them through netlink and `/proc/sys` and undoes them in reverse
 //!   order, also those that a killed predecessor left behind.
 //! - [`query`] asks the kernel: next hops, addresses, MTU, TCP sockets.
 //! - [`doctor`] looks for what stands in the way on a host.
@@ -48,8 +48,10 @@ mod host;
 mod kernel;
 mod ledger;
 pub mod links;
+mod maps;
 mod namespace;
 mod nft;
+pub mod offload;
 pub mod options;
 pub mod prefix;
 pub mod query;
@@ -68,6 +70,7 @@ pub use error::HostError;
 pub use host::{DEFAULT_STATE_DIR, Host};
 pub use namespace::namespace_id;
 pub use nft::nft_available;
+pub use offload::Offload;
 pub use options::{HostOptions, HostSettings};
 pub use prefix::{Family, PortRange, Prefix, Transport};
 pub use token::{TokenOptions, TokenSettings};

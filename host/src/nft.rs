@@ -17,14 +17,14 @@ const FRAGMENT_HEADER: u8 = 44;
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 /// Elements in one message: a netlink attribute holds less than 64 KiB.
-const ELEMENTS_PER_MESSAGE: usize = 512;
+pub(crate) const ELEMENTS_PER_MESSAGE: usize = 512;
 
 const PREROUTING: &str = "prerouting";
 const OUTPUT: &str = "output";
 const RAW_PREROUTING: &str = "raw_prerouting";
 const RAW_OUTPUT: &str = "raw_output";
 
-fn connect() -> Result<Connection<Nftables>, HostError> {
+pub(crate) fn connect() -> Result<Connection<Nftables>, HostError> {
     Connection::<Nftables>::new().map_err(|error| HostError::netlink("open an nftables socket", error))
 }
 
@@ -61,14 +61,15 @@ pub async fn nft_available() -> bool {
 pub(crate) async fn install(table: &str, divert: &Divert) -> Result<(), HostError> {
     let nft = connect()?;
     let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
-    let exists = nft
-        .list_tables_in(Table::Inet)
-        .await
-        .map_err(failed)?
-        .iter()
-        .any(|listed| listed.name.as_str() == table);
-    let transaction = Build::new(&nft, table, exists).divert(divert)?;
+    let transaction = Build::new(&nft, table, exists(&nft, table).await?).divert(divert)?;
     transaction.commit(&nft).await.map_err(failed)
+}
+
+/// Whether there is a table of this name.
+pub(crate) async fn exists(nft: &Connection<Nftables>, table: &str) -> Result<bool, HostError> {
+    let listed = nft.list_tables_in(Table::Inet).await;
+    let listed = listed.map_err(|error| HostError::netlink("list nftables tables", error))?;
+    Ok(listed.iter().any(|listed| listed.name.as_str() == table))
 }
 
 /// Removes the table; says whether it was there. A kernel without nftables has none.
@@ -159,9 +160,11 @@ impl<'a> Build<'a> {
         for family in Family::BOTH {
             self.connections(family, &divert.connections, mark);
         }
-        for quoted in &divert.icmp {
-            for family in Family::BOTH {
-                self.quoted(family, quoted, mark)?;
+        for (chain, list) in [(PREROUTING, &divert.icmp), (OUTPUT, &divert.icmp_outgoing)] {
+            for quoted in list {
+                for family in Family::BOTH {
+                    self.quoted(chain, family, quoted, mark)?;
+                }
             }
         }
         for packets in &divert.packets {
@@ -199,7 +202,9 @@ impl<'a> Build<'a> {
                 BaseChain::filter(FilterHook::Prerouting, Priority::Mangle),
             ),
             (
-                !(divert.outgoing.is_empty() && divert.connections.is_empty()),
+                !(divert.outgoing.is_empty()
+                    && divert.connections.is_empty()
+                    && divert.icmp_outgoing.is_empty()),
                 OUTPUT,
                 BaseChain::route(Priority::Mangle),
             ),
@@ -330,6 +335,7 @@ impl<'a> Build<'a> {
     /// addresses; quotes must be of TCP, or of what `udp` adds.
     fn quoted(
         &mut self,
+        chain: &str,
         family: Family,
         quoted: &QuotedMatch,
         then: impl Fn(Rule) -> Rule,
@@ -370,7 +376,7 @@ impl<'a> Build<'a> {
             (true, Family::V6) => &[Transport::Tcp.number(), Transport::Udp.number(), FRAGMENT_HEADER],
         };
         for (kind, of) in types.iter().flat_map(|kind| protocols.iter().map(move |of| (kind, of))) {
-            let mut rule = self.rule(PREROUTING);
+            let mut rule = self.rule(chain);
             if let Some(interface) = &quoted.interface {
                 rule = rule.match_iif(interface);
             }

@@ -26,6 +26,15 @@ pub struct HostSettings {
     preference: Option<Spanned<u32>>,
     device: Option<Spanned<String>>,
     super_packets: Option<bool>,
+    offload: Option<Spanned<OffloadSetting>>,
+}
+
+/// `offload` as written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum OffloadSetting {
+    Auto,
+    Off,
 }
 
 /// Numbers and names a daemon uses on its host. The defaults of the roles differ, so that one of each can live on
@@ -48,6 +57,8 @@ pub struct HostOptions {
     pub device: String,
     /// Whether packets of up to 64 KiB pass the device in one piece.
     pub super_packets: bool,
+    /// Whether the kernel forwards by itself what it can ([`offload`](crate::offload)); a server's never does.
+    pub offload: bool,
 }
 
 impl HostOptions {
@@ -67,6 +78,7 @@ impl HostOptions {
             preference,
             device: device.to_owned(),
             super_packets: true,
+            offload: role == Role::Balancer,
         }
     }
 
@@ -129,6 +141,12 @@ impl HostSettings {
         if let Some(device) = &self.device {
             options.device.clone_from(device.get_ref());
             check_device(&options.device).map_err(|why| source.error_at(device.span(), why))?;
+        }
+        if let Some(offload) = &self.offload {
+            if role != Role::Balancer {
+                return Err(source.error_at(offload.span(), "only a balancer's packets can be left to the kernel"));
+            }
+            options.offload = *offload.get_ref() == OffloadSetting::Auto;
         }
         Ok(options)
     }
@@ -239,6 +257,8 @@ mod tests {
             ("exid = 70000", "invalid value"),
             ("super_packets = 1", "invalid type"),
             ("mask = 1", "unknown field"),
+            ("offload = \"auto\"", "only a balancer"),
+            ("offload = true", "invalid type"),
         ] {
             let error = options(&format!("[host]\n{line}\n")).unwrap_err();
             assert_eq!(error.line(), Some(2), "{error}");

@@ -16,11 +16,11 @@ use crate::{
 
 const REDIRECT: [u8; 8] = [253, 8, 0x52, 0x44, 0x10, 0, 0, 0];
 
-fn ip(text: &str) -> IpAddr {
+pub(super) fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-fn checksum(parts: &[&[u8]]) -> [u8; 2] {
+pub(super) fn checksum(parts: &[&[u8]]) -> [u8; 2] {
     let bytes: Vec<u8> = parts.concat();
     let mut sum: u32 =
         bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
@@ -62,7 +62,7 @@ fn packet(from: IpAddr, to: IpAddr, protocol: u8, mut payload: Vec<u8>, checksum
     whole
 }
 
-fn segment(from: &str, to: &str, ports: (u16, u16), flags: u8, options: &[u8]) -> Vec<u8> {
+pub(super) fn segment(from: &str, to: &str, ports: (u16, u16), flags: u8, options: &[u8]) -> Vec<u8> {
     let mut tcp = Vec::new();
     tcp.extend(ports.0.to_be_bytes());
     tcp.extend(ports.1.to_be_bytes());
@@ -79,7 +79,7 @@ fn icmp_error(from: &str, to: &str, kind: u8, quoted: &[u8]) -> Vec<u8> {
 }
 
 /// The next packet that the kernel routes to the device, but for what it sends of its own.
-fn received(device: &Iface, within: Duration) -> Option<Vec<u8>> {
+pub(super) fn received(device: &Iface, within: Duration) -> Option<Vec<u8>> {
     let deadline = Instant::now() + within;
     let mut buffer = vec![0; 2048];
     while Instant::now() < deadline {
@@ -310,7 +310,7 @@ fn icmp_errors_are_diverted_by_the_quoted_segment() {
 }
 
 /// A packet as a fragment of one: the first, or a later one.
-fn fragment_of(whole: &[u8], first: bool) -> Vec<u8> {
+pub(super) fn fragment_of(whole: &[u8], first: bool) -> Vec<u8> {
     let v6 = whole[0] >> 4 == 6;
     let header = if v6 { 40 } else { 20 };
     let mut bytes = whole.to_vec();

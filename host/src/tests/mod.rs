@@ -2,4 +2,5 @@
 
 mod divert;
 mod host;
+mod offload;
 mod query;

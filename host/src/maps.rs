@@ -1,0 +1,376 @@
+//! Turns an [`Offload`] into one nftables table of stateless maps, created and replaced in one batch, and reads its
+//! counters.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use nlink::Connection;
+use nlink::netlink::Nftables;
+use nlink::netlink::nftables::{
+    BaseChain, Chain, CmpOp, Expr, Family as Table, FibFlags, FilterHook, HashKind, LookupExpr, MetaKey,
+    PacketField, PayloadBase, PayloadCsum, Priority, Register, Rule, Set, SetDataType, SetElement, SetKeyType, Transaction, Verdict,
+};
+
+use nlink::netlink::types::route::RouteType;
+
+use crate::error::{HostError, absent};
+use crate::nft::{ELEMENTS_PER_MESSAGE, connect, exists};
+use crate::offload::{Count, Counted, End, Offload, PortMap, Spread};
+use crate::prefix::{Family, Transport};
+
+const CHAIN: &str = "forward";
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+/// Registers: what is looked up begins in the first; results go to one that no key reaches.
+const KEY: Register = Register::R0;
+const RESULT: Register = Register::R2;
+
+/// Creates the table, or replaces it, atomically.
+pub(crate) async fn install(table: &str, offload: &Offload) -> Result<(), HostError> {
+    let nft = connect()?;
+    let transaction = build(&nft, table, exists(&nft, table).await?, offload)?;
+    let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
+    transaction.commit(&nft).await.map_err(failed)
+}
+
+/// What each entry has counted since the table was created; empty if it is gone.
+pub(crate) async fn counts(table: &str, offload: &Offload) -> Result<BTreeMap<Counted, Count>, HostError> {
+    let nft = connect()?;
+    let mut counts = BTreeMap::new();
+    let mut add = |of: Counted, element: &SetElement| {
+        if let Some((packets, bytes)) = element.counter() {
+            counts.insert(of, Count { packets, bytes });
+        }
+    };
+    for (index, map) in offload.maps.iter().enumerate() {
+        for family in Family::BOTH.into_iter().filter(|family| holds(map, *family)) {
+            for element in elements(&nft, table, &map_name(index, family)).await? {
+                if let Some(key) = socket(element.key(), family) {
+                    add(Counted::Map(index, key), &element);
+                }
+            }
+        }
+    }
+    for (index, spread) in offload.spreads.iter().enumerate() {
+        for element in elements(&nft, table, &spread_names(index)[2]).await? {
+            if let Some(address) = address(element.key(), family_of(spread)) {
+                add(Counted::Spread(index, address), &element);
+            }
+        }
+    }
+    Ok(counts)
+}
+
+async fn elements(
+    nft: &Connection<Nftables>,
+    table: &str,
+    set: &str,
+) -> Result<Vec<SetElement>, HostError> {
+    match nft.list_set_elements(table, set, Table::Inet).await {
+        Ok(elements) => Ok(elements),
+        Err(error) if absent(&error) => Ok(Vec::new()),
+        Err(error) => Err(HostError::netlink(format!("read counters of the nftables table {table}"), error)),
+    }
+}
+
+fn map_name(index: usize, family: Family) -> String {
+    match family {
+        Family::V4 => format!("ports{index}_4"),
+        Family::V6 => format!("ports{index}_6"),
+    }
+}
+
+/// Of the targets, the slots and the counters.
+fn spread_names(index: usize) -> [String; 3] {
+    ["targets", "slots", "counts"].map(|kind| format!("{kind}{index}"))
+}
+
+fn holds(map: &PortMap, family: Family) -> bool {
+    map.entries.keys().any(|key| Family::of(key.ip()) == family)
+}
+
+fn family_of(spread: &Spread) -> Family {
+    spread.addresses.first().map_or(Family::V4, |address| Family::of(*address))
+}
+
+fn build(
+    nft: &Connection<Nftables>,
+    table: &str,
+    exists: bool,
+    offload: &Offload,
+) -> Result<Transaction, HostError> {
+    let mut build = Build { table, sets: Vec::new(), rules: Vec::new() };
+    if let Some(interface) = &offload.except_interface {
+        build.rules.push(build.rule().match_iif(interface).accept());
+    }
+    for ports in &offload.except_local_ports {
+        for transport in [Transport::Tcp, Transport::Udp] {
+            let rule = build.rule().match_l4proto(transport.number());
+            let rule = rule.match_range(destination_port(transport), ports.first(), ports.last());
+            build.rules.push(rule.match_fib_type(FibFlags::DADDR, RouteType::Local).accept());
+        }
+    }
+    for family in Family::BOTH {
+        let of_family = offload.except_destinations.iter().filter(|address| Family::of(**address) == family);
+        let except: Vec<SetElement> = of_family.map(|address| element_of(*address)).collect();
+        let except = build.excepted(family, except);
+        for (index, map) in offload.maps.iter().enumerate().filter(|(_, map)| holds(map, family)) {
+            let except = except.as_deref().filter(|_| map.end == End::Source);
+            build.map(index, map, family, offload.except_flags, except);
+        }
+    }
+    for (index, spread) in offload.spreads.iter().enumerate() {
+        build.spread(index, spread, offload.except_flags);
+    }
+    let chain = Chain::new(table, CHAIN)
+        .map_err(|error| HostError::netlink(format!("name the nftables table {table}"), error))?
+        .family(Table::Inet)
+        .base(BaseChain::filter(FilterHook::Prerouting, Priority::Raw));
+    let mut transaction = nft.transaction();
+    if exists {
+        transaction = transaction.del_table(table, Table::Inet);
+    }
+    transaction = transaction.add_table(table, Table::Inet);
+    for (set, elements) in build.sets {
+        transaction = transaction.add_set(set.clone());
+        for chunk in elements.chunks(ELEMENTS_PER_MESSAGE) {
+            transaction = transaction.add_set_elements(&set, chunk);
+        }
+    }
+    Ok(build.rules.into_iter().fold(transaction.add_chain(chain), Transaction::add_rule))
+}
+
+/// A batch in the making.
+struct Build<'a> {
+    table: &'a str,
+    sets: Vec<(Set, Vec<SetElement>)>,
+    rules: Vec<Rule>,
+}
+
+impl Build<'_> {
+    fn rule(&self) -> Rule {
+        Rule::new(self.table, CHAIN).family(Table::Inet)
+    }
+
+    fn named(&self, name: &str, key: SetKeyType, size: usize) -> Set {
+        // A set with a size has a fixed hash, the fastest there is.
+        let size = u32::try_from(size).unwrap_or(u32::MAX);
+        Set::new(self.table, name).family(Table::Inet).key_type(key).size(size)
+    }
+
+    /// A set of addresses, if there are any.
+    fn excepted(&mut self, family: Family, elements: Vec<SetElement>) -> Option<String> {
+        let name = match family {
+            Family::V4 => "except_4",
+            Family::V6 => "except_6",
+        };
+        if elements.is_empty() {
+            return None;
+        }
+        self.sets.push((self.named(name, address_type(family), elements.len()), elements));
+        Some(name.to_owned())
+    }
+
+    fn map(
+        &mut self,
+        index: usize,
+        map: &PortMap,
+        family: Family,
+        except_flags: u8,
+        except_to: Option<&str>,
+    ) {
+        let name = map_name(index, family);
+        let of_family = |(key, _): &(&SocketAddr, &IpAddr)| Family::of(key.ip()) == family;
+        let same = |(key, to): &(&SocketAddr, &IpAddr)| key.is_ipv4() == to.is_ipv4();
+        let entries = map.entries.iter().filter(of_family).filter(same);
+        let elements: Vec<SetElement> =
+            entries.map(|(key, to)| key_of(*key).value(element_of(*to))).collect();
+        let key = SetKeyType::Concat(vec![address_type(family), SetKeyType::InetService]);
+        let set = self.named(&name, key, elements.len()).map(SetDataType::Value(address_type(family)));
+        self.sets.push((set.counter(), elements));
+        let (offset, len) = place(End::Destination, family);
+        let not_to = except_to.map(|set| {
+            [payload(PayloadBase::Network, offset, len, KEY), LookupExpr::new(set, KEY).invert().into()]
+        });
+        let mut rule = self.rule();
+        for expr in whole(family, map.transport, except_flags)
+            .into_iter()
+            .chain(not_to.into_iter().flatten())
+            .chain(load(map.end, family))
+            .chain([LookupExpr::new(&name, KEY).dreg(RESULT).into(), write(map.end, family, RESULT)])
+        {
+            rule = rule.expr(expr);
+        }
+        self.rules.push(rule.notrack().expr(Expr::Verdict(Verdict::Accept)));
+    }
+
+    fn spread(&mut self, index: usize, spread: &Spread, except: u8) {
+        let family = family_of(spread);
+        let [targets, slots, counts] = spread_names(index);
+        let keys: Vec<SetElement> = spread.targets.iter().map(|target| key_of(*target)).collect();
+        let key = SetKeyType::Concat(vec![address_type(family), SetKeyType::InetService]);
+        self.sets.push((self.named(&targets, key, keys.len()), keys));
+        let address = |index: &u16| spread.addresses.get(usize::from(*index)).copied();
+        let elements: Vec<SetElement> = (0..)
+            .zip(spread.slots.iter())
+            .filter_map(|(slot, index)| Some(SetElement::mark(slot).value(element_of(address(index)?))))
+            .collect();
+        let set = self.named(&slots, SetKeyType::Mark, elements.len());
+        self.sets.push((set.map(SetDataType::Value(address_type(family))), elements));
+        let counted: Vec<SetElement> = spread.addresses.iter().map(|address| element_of(*address)).collect();
+        self.sets.push((self.named(&counts, address_type(family), counted.len()).counter(), counted));
+        let modulus = u32::try_from(spread.slots.len()).unwrap_or(u32::MAX);
+        let hash = Expr::Hash {
+            dreg: RESULT,
+            kind: HashKind::Jenkins,
+            sreg: Some(KEY),
+            len: key_len(family),
+            modulus,
+            seed: Some(spread.seed),
+            offset: 0,
+        };
+        let mut rule = self.rule();
+        for expr in whole(family, Transport::Tcp, except)
+            .into_iter()
+            .chain(load(End::Destination, family))
+            .chain([LookupExpr::new(&targets, KEY).into()])
+            .chain(load(End::Source, family))
+            .chain([
+                hash,
+                LookupExpr::new(&slots, RESULT).dreg(RESULT).into(),
+                LookupExpr::new(&counts, RESULT).into(),
+                write(End::Destination, family, RESULT),
+            ])
+        {
+            rule = rule.expr(expr);
+        }
+        self.rules.push(rule.notrack().expr(Expr::Verdict(Verdict::Accept)));
+    }
+}
+
+/// Only whole packets of a protocol, of IPv6 those without extension headers; of TCP those without any flag of `except`.
+fn whole(family: Family, transport: Transport, except: u8) -> Vec<Expr> {
+    let meta = |key| Expr::Meta { dreg: KEY, key };
+    let mut exprs = match family {
+        Family::V4 => vec![
+            meta(MetaKey::NfProto),
+            compare(CmpOp::Eq, &[NFPROTO_IPV4]),
+            meta(MetaKey::L4Proto),
+            compare(CmpOp::Eq, &[transport.number()]),
+            payload(PayloadBase::Network, 6, 2, KEY),
+            masked(&[0x3f, 0xff]),
+            compare(CmpOp::Eq, &[0, 0]),
+        ],
+        Family::V6 => vec![
+            meta(MetaKey::NfProto),
+            compare(CmpOp::Eq, &[NFPROTO_IPV6]),
+            payload(PayloadBase::Network, 6, 1, KEY),
+            compare(CmpOp::Eq, &[transport.number()]),
+        ],
+    };
+    if transport == Transport::Tcp && except != 0 {
+        exprs.extend([
+            payload(PayloadBase::Transport, 13, 1, KEY),
+            masked(&[except]),
+            compare(CmpOp::Eq, &[0]),
+        ]);
+    }
+    exprs
+}
+
+fn destination_port(transport: Transport) -> PacketField {
+    match transport {
+        Transport::Tcp => PacketField::TcpDport,
+        Transport::Udp => PacketField::UdpDport,
+    }
+}
+
+/// Address and port of one end, one behind the other, the port filled up with zeros.
+fn load(end: End, family: Family) -> [Expr; 2] {
+    let (offset, len) = place(end, family);
+    let (port, behind) = match (end, family) {
+        (End::Source, Family::V4) => (0, Register::Reg32_01),
+        (End::Destination, Family::V4) => (2, Register::Reg32_01),
+        (End::Source, Family::V6) => (0, Register::R1),
+        (End::Destination, Family::V6) => (2, Register::R1),
+    };
+    [payload(PayloadBase::Network, offset, len, KEY), payload(PayloadBase::Transport, port, 2, behind)]
+}
+
+/// Replaces an address; the checksums follow.
+fn write(end: End, family: Family, sreg: Register) -> Expr {
+    let (offset, len) = place(end, family);
+    let (csum, csum_offset) = match family {
+        Family::V4 => (PayloadCsum::Inet, 10),
+        Family::V6 => (PayloadCsum::None, 0),
+    };
+    Expr::PayloadSet {
+        sreg,
+        base: PayloadBase::Network,
+        offset,
+        len,
+        csum,
+        csum_offset,
+        l4_pseudo_header: true,
+    }
+}
+
+/// Offset and length of an address in its IP header.
+fn place(end: End, family: Family) -> (u32, u32) {
+    match (end, family) {
+        (End::Source, Family::V4) => (12, 4),
+        (End::Destination, Family::V4) => (16, 4),
+        (End::Source, Family::V6) => (8, 16),
+        (End::Destination, Family::V6) => (24, 16),
+    }
+}
+
+/// Of address and port as [`load`] leaves them.
+fn key_len(family: Family) -> u32 {
+    place(End::Source, family).1 + 4
+}
+
+fn payload(base: PayloadBase, offset: u32, len: u32, dreg: Register) -> Expr {
+    Expr::Payload { dreg, base, offset, len }
+}
+
+fn masked(mask: &[u8]) -> Expr {
+    let len = u32::try_from(mask.len()).unwrap_or(u32::MAX);
+    Expr::Bitwise { sreg: KEY, dreg: KEY, len, mask: mask.to_vec(), xor: vec![0; mask.len()] }
+}
+
+fn compare(op: CmpOp, data: &[u8]) -> Expr {
+    Expr::Cmp { sreg: KEY, op, data: data.to_vec() }
+}
+
+fn address_type(family: Family) -> SetKeyType {
+    match family {
+        Family::V4 => SetKeyType::Ipv4Addr,
+        Family::V6 => SetKeyType::Ipv6Addr,
+    }
+}
+
+fn element_of(address: IpAddr) -> SetElement {
+    match address {
+        IpAddr::V4(v4) => SetElement::ipv4(v4),
+        IpAddr::V6(v6) => SetElement::ipv6(v6),
+    }
+}
+
+fn key_of(socket: SocketAddr) -> SetElement {
+    SetElement::concat([element_of(socket.ip()), SetElement::port(socket.port())])
+}
+
+/// The address that a key begins with.
+fn address(key: &[u8], family: Family) -> Option<IpAddr> {
+    match family {
+        Family::V4 => key.first_chunk::<4>().map(|octets| (*octets).into()),
+        Family::V6 => key.first_chunk::<16>().map(|octets| (*octets).into()),
+    }
+}
+
+/// What [`key_of`] has made.
+fn socket(key: &[u8], family: Family) -> Option<SocketAddr> {
+    let port = key.get(place(End::Source, family).1 as usize..)?.first_chunk::<2>()?;
+    Some(SocketAddr::new(address(key, family)?, u16::from_be_bytes(*port)))
+}

@@ -1,0 +1,232 @@
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tun_tap::Iface;
+
+use super::divert::{checksum, fragment_of, ip, received, segment};
+use crate::change::Sysctl;
+use crate::config::Role;
+use crate::offload::{Count, Counted, End, Offload, PortMap, Spread};
+use crate::prefix::{Family, Transport};
+use crate::testing::{in_namespace, run, snapshot, tun};
+use crate::{Change, Host, HostOptions};
+
+const SYN_FIN_RST: u8 = 0x07;
+const ACK: u8 = 0x10;
+/// A client, a VIP, a server, another server.
+const ENDS: [[&str; 4]; 2] = [
+    ["192.0.2.1", "203.0.113.10", "10.3.0.11", "10.3.0.12"],
+    ["2001:db8:7::1", "2001:db8::10", "fd00:3::11", "fd00:3::12"],
+];
+
+fn socket(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(ip(address), port)
+}
+
+fn entries(list: &[(&str, u16, &str)]) -> BTreeMap<SocketAddr, IpAddr> {
+    list.iter().map(|(from, port, to)| (socket(from, *port), ip(to))).collect()
+}
+
+fn map(end: End, list: &[(&str, u16, &str)]) -> PortMap {
+    PortMap { end, transport: Transport::Tcp, entries: entries(list) }
+}
+
+fn ends(packet: &[u8]) -> (IpAddr, IpAddr) {
+    if packet[0] >> 4 == 4 {
+        let octets = |at: usize| <[u8; 4]>::try_from(&packet[at..at + 4]).unwrap();
+        (octets(12).into(), octets(16).into())
+    } else {
+        let octets = |at: usize| <[u8; 16]>::try_from(&packet[at..at + 16]).unwrap();
+        (octets(8).into(), octets(24).into())
+    }
+}
+
+/// Whether the checksums of a whole segment are right.
+fn sums_are_right(packet: &[u8]) -> bool {
+    let (header, addresses) = if packet[0] >> 4 == 4 { (20, 12..20) } else { (40, 8..40) };
+    let length = ((packet.len() - header) as u16).to_be_bytes();
+    let pseudo = [0, 6, length[0], length[1]];
+    checksum(&[&packet[addresses], &pseudo, &packet[header..]]) == [0, 0]
+        && (header == 40 || checksum(&[&packet[..20]]) == [0, 0])
+}
+
+/// What arrives on `wire0` leaves by `out0`, wherever it goes.
+struct Lab {
+    wire: Iface,
+    out: Iface,
+    host: Host,
+    folder: tempfile::TempDir,
+}
+
+impl Lab {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (wire, out) = (tun("wire0"), tun("out0"));
+        for device in ["wire0", "out0"] {
+            std::fs::write(format!("/proc/sys/net/ipv4/conf/{device}/rp_filter"), "0").unwrap();
+        }
+        std::fs::write("/proc/sys/net/ipv4/conf/all/rp_filter", "0").unwrap();
+        run("ip", "address add 10.1.0.2/24 dev wire0");
+        run("ip", "address add 2001:db8:2::2/64 dev wire0 nodad");
+        run("ip", "route add default dev out0");
+        run("ip", "-6 route add default dev out0");
+        let options = HostOptions::defaults(Role::Balancer);
+        let host = Host::open_in(folder.path(), "balancer", &options).await.unwrap();
+        Self { wire, out, host, folder }
+    }
+
+    async fn install(&mut self, offload: &Offload) {
+        self.host.replace(changes(offload)).await.unwrap();
+    }
+
+    /// What becomes of a packet that arrives.
+    fn passes(&self, packet: &[u8]) -> Vec<u8> {
+        while received(&self.out, Duration::from_millis(1)).is_some() {}
+        self.wire.send(packet).unwrap();
+        received(&self.out, Duration::from_millis(200)).expect("it goes on")
+    }
+
+    async fn counts(&self) -> BTreeMap<Counted, Count> {
+        self.host.offload_counts().await.unwrap()
+    }
+}
+
+fn changes(offload: &Offload) -> Vec<Change> {
+    vec![
+        Sysctl::new("net/ipv4/ip_forward", 1).into(),
+        Sysctl::interface(Family::V6, "all", "forwarding", 1).into(),
+        offload.clone().into(),
+    ]
+}
+
+fn both_ways() -> Offload {
+    let there = ENDS.map(|[_, vip, server, _]| (vip, 41_001, server));
+    let back = ENDS.map(|[_, vip, server, _]| (server, 41_001, vip));
+    Offload {
+        except_interface: Some("none0".to_owned()),
+        except_flags: SYN_FIN_RST,
+        maps: vec![map(End::Destination, &there), map(End::Source, &back)],
+        spreads: Vec::new(),
+    }
+}
+
+#[test]
+fn maps_rewrite_whole_packets_and_leave_the_rest() {
+    in_namespace(async || {
+        let before = snapshot();
+        let mut lab = Lab::new().await;
+        lab.install(&both_ways()).await;
+        for [client, vip, server, other] in ENDS {
+            let there = lab.passes(&segment(client, vip, (50_000, 41_001), ACK, &[]));
+            assert_eq!(ends(&there), (ip(client), ip(server)));
+            assert!(sums_are_right(&there));
+            let back = lab.passes(&segment(server, client, (41_001, 50_000), ACK, &[]));
+            assert_eq!(ends(&back), (ip(vip), ip(client)));
+            assert!(sums_are_right(&back));
+            let untouched = |packet: &[u8]| {
+                let got = lab.passes(packet);
+                assert_eq!(ends(&got), ends(packet));
+            };
+            for flags in [0x02, 0x12, 0x11, 0x04] {
+                untouched(&segment(client, vip, (50_000, 41_001), flags, &[]));
+                untouched(&segment(server, client, (41_001, 50_000), flags, &[]));
+            }
+            untouched(&segment(client, vip, (50_000, 41_002), ACK, &[]));
+            untouched(&segment(client, other, (50_000, 41_001), ACK, &[]));
+            untouched(&segment(other, client, (41_001, 50_000), ACK, &[]));
+            let whole = segment(client, vip, (50_000, 41_001), ACK, &[0; 20]);
+            untouched(&fragment_of(&whole, true));
+            untouched(&fragment_of(&whole, false));
+            let counts = lab.counts().await;
+            let once = Count { packets: 1, bytes: if vip.contains(':') { 60 } else { 40 } };
+            assert_eq!(counts[&Counted::Map(0, socket(vip, 41_001))], once);
+            assert_eq!(counts[&Counted::Map(1, socket(server, 41_001))], once);
+        }
+        lab.host.close().await.unwrap();
+        drop((lab.wire, lab.out));
+        crate::testing::until(async || snapshot() == before).await;
+    });
+}
+
+#[test]
+fn a_killed_predecessors_maps_forward_until_they_are_replaced() {
+    in_namespace(async || {
+        let mut lab = Lab::new().await;
+        lab.install(&both_ways()).await;
+        let options = HostOptions::defaults(Role::Balancer);
+        let [client, vip, server, other] = ENDS[0];
+        let packet = segment(client, vip, (50_000, 41_001), ACK, &[]);
+        let Lab { wire, out, host, folder } = lab;
+        drop(host);
+        let host = Host::open_keeping(folder.path(), "balancer", &options, |_| true).await.unwrap();
+        let mut lab = Lab { wire, out, host, folder };
+        assert_eq!(ends(&lab.passes(&packet)).1, ip(server), "kept");
+        let next = Offload { maps: vec![map(End::Destination, &[(vip, 41_001, other)])], ..both_ways() };
+        lab.install(&next).await;
+        assert_eq!(ends(&lab.passes(&packet)).1, ip(other), "replaced");
+        assert!(!run("nft", "list ruleset").contains("ports1"));
+        let Lab { wire, out, host, folder } = lab;
+        drop(host);
+        // One that keeps nothing, as `shunt` does when it cleans up.
+        Host::sweep(folder.path(), "balancer", &options).await.unwrap();
+        assert_eq!(run("nft", "list ruleset"), "");
+        drop((wire, out));
+    });
+}
+
+#[test]
+fn a_spread_chooses_as_jhash_says() {
+    const SLOTS: u64 = 65_537;
+    in_namespace(async || {
+        let mut lab = Lab::new().await;
+        let slots: Arc<[u16]> = (0..SLOTS).map(|slot| (slot % 7) as u16).collect();
+        let spread = |[_, vip, ..]: [&str; 4]| Spread {
+            targets: vec![socket(vip, 80), socket(vip, 443)],
+            seed: 0x5eed_0001,
+            slots: Arc::clone(&slots),
+            addresses: (1..=7)
+                .map(|n| if vip.contains(':') { ip(&format!("fd00:3::{n}")) } else { ip(&format!("10.3.0.{n}")) })
+                .collect(),
+        };
+        let spreads: Vec<Spread> = ENDS.into_iter().map(spread).collect();
+        let offload = Offload { except_flags: SYN_FIN_RST, spreads: spreads.clone(), ..Offload::default() };
+        let begun = Instant::now();
+        lab.install(&offload).await;
+        println!("two maps of {SLOTS} slots: {:?}", begun.elapsed());
+        for ([client, vip, ..], spread) in ENDS.into_iter().zip(&spreads) {
+            let mut sent = 0;
+            for port in (1024..u16::MAX).step_by(1009) {
+                for target in [80, 443] {
+                    let got = lab.passes(&segment(client, vip, (port, target), ACK, &[]));
+                    let mut key = match ip(client) {
+                        IpAddr::V4(v4) => v4.octets().to_vec(),
+                        IpAddr::V6(v6) => v6.octets().to_vec(),
+                    };
+                    key.extend(port.to_be_bytes());
+                    key.extend([0, 0]);
+                    let slot = (u64::from(jhash::jhash(&key, spread.seed)) * SLOTS) >> 32;
+                    let chosen = spread.addresses[usize::from(slots[slot as usize])];
+                    assert_eq!(ends(&got), (ip(client), chosen), "port {port}");
+                    assert!(sums_are_right(&got));
+                    sent += 1;
+                }
+            }
+            let untouched = segment(client, vip, (50_000, 8080), ACK, &[]);
+            assert_eq!(ends(&lab.passes(&untouched)), ends(&untouched));
+            let counts = lab.counts().await;
+            let of_family = |counted: &Counted| match counted {
+                Counted::Spread(_, address) => address.is_ipv4() == ip(vip).is_ipv4(),
+                Counted::Map(..) => false,
+            };
+            let counted: u64 = counts.iter().filter(|(of, _)| of_family(of)).map(|(_, c)| c.packets).sum();
+            assert_eq!(counted, sent);
+        }
+        let begun = Instant::now();
+        lab.install(&Offload { except_flags: 0, ..offload }).await;
+        println!("replaced in {:?}", begun.elapsed());
+        lab.host.close().await.unwrap();
+        assert_eq!(run("nft", "list ruleset"), "");
+    });
+}
