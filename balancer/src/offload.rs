@@ -188,6 +188,12 @@ impl Plan {
         Ok(plan)
     }
 
+    /// What the kernel is told.
+    #[cfg(test)]
+    pub(crate) fn offload(&self) -> &Offload {
+        &self.offload
+    }
+
     fn entry(&mut self, map: usize, key: SocketAddr, to: IpAddr, way: Way, server: &Arc<ServerStats>) {
         if self.offload.maps[map].entries.insert(key, to).is_none() {
             let entry = Entry { way, server: Arc::clone(server), seen: Count::default() };

@@ -12,6 +12,7 @@ use nlink::netlink::nftables::{
 };
 
 use nlink::netlink::types::route::RouteType;
+use tokio::runtime::Handle;
 
 use crate::error::{HostError, absent};
 use crate::nft::{ELEMENTS_PER_MESSAGE, connect, exists};
@@ -28,9 +29,15 @@ const RESULT: Register = Register::R2;
 /// Creates the table, or replaces it, atomically.
 pub(crate) async fn install(table: &str, offload: &Offload) -> Result<(), HostError> {
     let nft = connect()?;
-    let transaction = build(&nft, table, exists(&nft, table).await?, offload)?;
-    let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
-    transaction.commit(&nft).await.map_err(failed)
+    let exists = exists(&nft, table).await?;
+    let (table, offload, runtime) = (table.to_owned(), offload.clone(), Handle::current());
+    // Tens of thousands of elements take the kernel a while: nothing else of the daemon waits for it.
+    let made = tokio::task::spawn_blocking(move || {
+        let transaction = build(&nft, &table, exists, &offload)?;
+        let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
+        runtime.block_on(transaction.commit(&nft)).map_err(failed)
+    });
+    made.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
 }
 
 /// What each entry has counted since the table was created; empty if it is gone.

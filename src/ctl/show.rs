@@ -54,11 +54,12 @@ pub(super) fn show(value: &Value) -> String {
 
 fn balancer(value: &Value) -> String {
     let mut out = format!(
-        "balancer of {}: forward {}, legacy {}, default server {}\n\n",
+        "balancer of {}: forward {}, legacy {}, default server {}\n{}\n",
         text(&value["vips"]),
         text(&value["forward"]),
         text(&value["legacy"]),
-        text(&value["default_server"])
+        text(&value["default_server"]),
+        offload(&value["offload"]),
     );
     let mut services = table(&["SERVICE", "PORT", "POLICY", "CHECK", "SERVERS", "TAKING NEW"], &[1, 4, 5]);
     for service in list(&value["services"]) {
@@ -110,6 +111,21 @@ fn balancer(value: &Value) -> String {
         let _ = write!(out, "\n{failures}");
     }
     out
+}
+
+/// What the kernel forwards by itself, or why it does not.
+fn offload(value: &Value) -> String {
+    let Some(why_not) = value["why_not"].as_str() else {
+        let mut out = format!("kernel offload: {} packets\n", text(&value["packets"]));
+        if let Some(why) = value["plain"].as_str() {
+            let _ = writeln!(out, "  not for plain clients: {why}");
+        }
+        for (service, why) in value["services"].as_object().into_iter().flatten() {
+            let _ = writeln!(out, "  not for {service}: {}", text(why));
+        }
+        return out;
+    };
+    format!("kernel offload: none: {why_not}\n")
 }
 
 fn server(value: &Value) -> String {

@@ -167,6 +167,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
                 _ => reply.done(json!({ "changed": true })),
             };
         }
+        self.count_offloaded().await;
         match request {
             Request::Counters { prometheus: true } => reply.done(self.snapshot().to_string()),
             Request::Counters { prometheus: false } => reply.done(self.snapshot()),
@@ -181,6 +182,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             _ => reply.done(show::show(
                 &self.config,
                 &self.monitor,
+                &self.offload,
                 |server| self.way_to(server),
                 &self.snapshot(),
             )),

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::config::ports::Ports;
 use crate::config::{AnswerBy, Check, Config, ForwardMode, Legacy, PolicyName, Server, State};
 use crate::health::{self, CheckReport, Monitor};
+use crate::offload::{Offloadable, Standing};
 use crate::stats::{ServerSnapshot, Snapshot};
 
 /// The answer to `show`.
@@ -18,8 +19,42 @@ pub(super) struct Show<'a> {
     forward: ForwardMode,
     legacy: Legacy,
     default_server: Option<&'a str>,
+    offload: OffloadShow<'a>,
     services: Vec<ServiceShow<'a>>,
     servers: Vec<ServerShow<'a>>,
+}
+
+/// What the kernel forwards by itself.
+#[derive(Debug, Serialize)]
+struct OffloadShow<'a> {
+    /// Whether it forwards anything.
+    in_force: bool,
+    /// Why nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why_not: Option<String>,
+    /// Why not plain clients' segments.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plain: Option<String>,
+    /// By service that stays in userspace: why.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    services: BTreeMap<&'a str, String>,
+    /// Packets that it has forwarded.
+    packets: u64,
+}
+
+fn offload<'a>(config: &'a Config, standing: &Standing, counters: &Snapshot) -> OffloadShow<'a> {
+    let told = Offloadable::new(config).ok().filter(|_| standing.in_force());
+    let services = told.map_or_else(Vec::new, |told| told.services);
+    let services = config.services.iter().zip(services);
+    OffloadShow {
+        in_force: standing.in_force(),
+        why_not: standing.obstacle.as_ref().map(ToString::to_string),
+        plain: standing.plain().map(ToString::to_string),
+        services: services
+            .filter_map(|(service, obstacle)| Some((service.name.as_str(), obstacle?.to_string())))
+            .collect(),
+        packets: counters.offloaded,
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -60,6 +95,7 @@ struct ServerShow<'a> {
 pub(super) fn show<'a>(
     config: &'a Config,
     monitor: &Monitor,
+    standing: &Standing,
     way: impl Fn(&Server) -> Option<&'static str>,
     counters: &Snapshot,
 ) -> Show<'a> {
@@ -117,6 +153,7 @@ pub(super) fn show<'a>(
         forward: config.forward,
         legacy: config.legacy,
         default_server: config.default_server.map(|index| config.servers[index].name.as_str()),
+        offload: offload(config, standing, counters),
         services: config.services.iter().map(service).collect(),
         servers,
     }

@@ -6,6 +6,7 @@ mod datagrams;
 mod fragments;
 mod health;
 mod icmp;
+mod offload;
 mod packets;
 mod peers;
 mod properties;

@@ -9,7 +9,7 @@ use super::divert::{checksum, fragment_of, ip, received, segment};
 use crate::change::Sysctl;
 use crate::config::Role;
 use crate::offload::{Count, Counted, End, Offload, PortMap, Spread};
-use crate::prefix::{Family, Transport};
+use crate::prefix::{Family, PortRange, Transport};
 use crate::testing::{in_namespace, run, snapshot, tun};
 use crate::{Change, Host, HostOptions};
 
@@ -107,8 +107,10 @@ fn both_ways() -> Offload {
     Offload {
         except_interface: Some("none0".to_owned()),
         except_flags: SYN_FIN_RST,
+        except_destinations: ENDS.into_iter().map(|[_, vip, ..]| ip(vip)).collect(),
+        except_local_ports: vec![PortRange::new(20_000, 20_010)],
         maps: vec![map(End::Destination, &there), map(End::Source, &back)],
-        spreads: Vec::new(),
+        ..Offload::default()
     }
 }
 
@@ -136,6 +138,7 @@ fn maps_rewrite_whole_packets_and_leave_the_rest() {
             untouched(&segment(client, vip, (50_000, 41_002), ACK, &[]));
             untouched(&segment(client, other, (50_000, 41_001), ACK, &[]));
             untouched(&segment(other, client, (41_001, 50_000), ACK, &[]));
+            untouched(&segment(server, vip, (41_001, 50_000), ACK, &[]));
             let whole = segment(client, vip, (50_000, 41_001), ACK, &[0; 20]);
             untouched(&fragment_of(&whole, true));
             untouched(&fragment_of(&whole, false));

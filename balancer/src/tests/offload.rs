@@ -1,0 +1,118 @@
+//! What is left to the kernel, and that it is what userspace would do.
+
+use shunt_host::offload::{End, PortMap};
+use shunt_host::{Offload, Source};
+use shunt_stack::wire::{Packet, SeqNumber, TcpFlags};
+
+use super::packets::segment;
+use super::{balancer, casts, three_servers, with_udp};
+use crate::offload::{Obstacle, Offloadable, Plan};
+use crate::{Config, Route};
+
+fn config(text: &str) -> Config {
+    Config::parse(&Source::new("test.toml", text)).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn offload(text: &str) -> Offload {
+    Plan::new(&config(text), &balancer(text)).unwrap().offload().clone()
+}
+
+fn refused(text: &str) -> Obstacle {
+    Offloadable::new(&config(text)).unwrap_err()
+}
+
+/// Where the maps send a segment: the server's address, or the client's with the VIP as source.
+fn looked_up<'a>(maps: impl IntoIterator<Item = &'a PortMap>, end: End, packet: &Packet) -> Option<std::net::IpAddr> {
+    let key = if end == End::Source { packet.source_socket() } else { packet.destination_socket() }?;
+    maps.into_iter().filter(|map| map.end == end).find_map(|map| map.entries.get(&key).copied())
+}
+
+#[test]
+fn what_maps_cannot_do_stays_in_userspace() {
+    assert_eq!(refused(&three_servers("forward = \"gue\"").replace("address", "tunnel")).to_string().get(..3), Some("not"));
+    assert_eq!(refused(&format!("{}\n[host]\noffload = \"off\"\n", three_servers(""))), Obstacle::Off);
+    let of = |text: &str| Offloadable::new(&config(text)).unwrap();
+    let plain = of(&three_servers(""));
+    assert_eq!((plain.services, plain.plain), (vec![None], None));
+    let with = |line: &str| {
+        let port = "redirect_port = 443\n";
+        of(&three_servers("").replace(port, &format!("{port}{line}\n"))).services[0].clone()
+    };
+    assert_eq!(with("limit = { packets_per_s = 10 }"), Some(Obstacle::Limited));
+    assert_eq!(with("limit = { bytes_per_s = 10 }"), Some(Obstacle::Limited));
+    assert_eq!(with("limit = { new_per_s = 10 }"), None, "SYNs are limited in userspace");
+    assert_eq!(with("mark_dscp = 18"), Some(Obstacle::Marked));
+    let class = "[[class]]\nname = \"gold\"\ndscp = [46]\nmark_dscp = 46\n";
+    assert_eq!(of(&(three_servers("") + class)).services, [Some(Obstacle::Marked)]);
+    assert_eq!(of(&three_servers("legacy = \"drop\"")).plain, Some(Obstacle::Dropped));
+    let many = three_servers("").replace("41001 }", "\"20000-40000\" }");
+    assert!(matches!(refused(&many), Obstacle::Entries(80_000..)));
+}
+
+#[test]
+fn a_limited_service_is_in_no_map_towards_servers() {
+    let port = "redirect_port = 443\n";
+    let text = three_servers("").replace(port, &format!("{port}limit = {{ packets_per_s = 10 }}\n"));
+    let offload = offload(&text);
+    for map in offload.maps.iter().filter(|map| map.end == End::Destination) {
+        assert!(map.entries.is_empty(), "{map:?}");
+    }
+    assert!(offload.spreads.is_empty());
+}
+
+#[test]
+fn b2_b5_maps_say_what_userspace_decides() {
+    for text in [three_servers(""), with_udp("", ""), three_servers("legacy = \"default-server\"\ndefault_server = \"web-2\"")] {
+        let (balancer, offload) = (balancer(&text), offload(&text));
+        for cast in casts() {
+            for port in [443, 41_001, 41_002, 41_003, 41_004, 22] {
+                let there = segment(cast.client(), cast.vip(port), TcpFlags::ACK, SeqNumber(8));
+                let mapped = looked_up(&offload.maps[..2], End::Destination, &there);
+                let hashed = offload.spreads.iter().any(|spread| spread.targets.contains(&cast.vip(port)));
+                match balancer.route(&there) {
+                    Ok(Route::ToServer { server, .. }) if !hashed => {
+                        assert!(mapped.is_none_or(|address| address == cast.servers[server.index()]), "{port}");
+                        assert_eq!(mapped.is_some(), port == 443 || port > 41_000 && port < 41_004, "{port}");
+                    }
+                    _ => assert_eq!(mapped, None, "{port}"),
+                }
+                for server in cast.servers {
+                    let back = segment((server, port).into(), cast.client(), TcpFlags::ACK, SeqNumber(8));
+                    let mapped = looked_up(&offload.maps[..2], End::Source, &back);
+                    let decided = match balancer.route(&back).unwrap() {
+                        Route::ToClient { vip, .. } => Some(vip),
+                        _ => None,
+                    };
+                    assert_eq!(mapped, decided, "{server} {port}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn b3_slots_say_what_userspace_decides() {
+    let text = three_servers("");
+    let (balancer, offload) = (balancer(&text), offload(&text));
+    assert_eq!(offload.spreads.len(), 2);
+    for cast in casts() {
+        let spread = offload.spreads.iter().find(|spread| spread.targets.contains(&cast.vip(443))).unwrap();
+        for port in 1024..2048 {
+            let client = (cast.client, port).into();
+            let Ok(Route::ToServer { server, .. }) =
+                balancer.route(&segment(client, cast.vip(443), TcpFlags::ACK, SeqNumber(8)))
+            else {
+                panic!("{port}");
+            };
+            let slot = crate::maglev::hash_client(client, 0) as usize;
+            assert_eq!(spread.addresses[usize::from(spread.slots[slot])], cast.servers[server.index()]);
+        }
+    }
+}
+
+#[test]
+fn what_opens_a_connection_comes_here_and_its_end_where_connections_are_counted() {
+    assert_eq!(offload(&three_servers("")).except_flags, 0x02);
+    let counted = three_servers("") + "[statistics]\nconnections = true\n";
+    assert_eq!(offload(&counted).except_flags, 0x07);
+}

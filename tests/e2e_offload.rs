@@ -1,0 +1,246 @@
+//! The kernel forwards established traffic by itself, by the same table as userspace.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::ctl::ctl;
+use common::{Family, IPERF, Net, Options, TestFile, Transfer, Way};
+use serde_json::Value;
+
+const MIB: u64 = 1 << 20;
+
+fn off(text: &str) -> String {
+    format!("{text}\n[host]\noffload = \"off\"\n")
+}
+
+fn usual(net: &Net) -> String {
+    net.balancer_config(|_| Some("up"))
+}
+
+fn show(net: &Net) -> Value {
+    ctl(&net.balancer, &["show", "--json"]).json()
+}
+
+fn counters(net: &Net) -> Value {
+    ctl(&net.balancer, &["counters", "--json"]).json()
+}
+
+/// Packets that went through userspace, and those that the kernel forwarded.
+fn packets(net: &Net) -> (u64, u64) {
+    let counters = counters(net);
+    let decided = counters["decisions"].as_object().expect("decisions").values();
+    let all: u64 = decided.filter_map(Value::as_u64).sum();
+    let offloaded = counters["offloaded"].as_u64().expect("a number");
+    (all - offloaded, offloaded)
+}
+
+fn ruleset(net: &Net) -> String {
+    let mut command = std::process::Command::new("nft");
+    command.args(["list", "ruleset"]);
+    let output = net.balancer.run_within(&mut command, Duration::from_secs(10)).expect("nft is installed");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn net(servers: u16) -> Net {
+    let mut net = Net::new(Options { servers, ..Options::default() });
+    net.start_nginx();
+    net
+}
+
+#[test]
+fn transfers_are_whole_and_userspace_sees_handshakes_only() {
+    let mut net = net(3);
+    let file = net.make_file("file", 16);
+    for redirecting in [true, false] {
+        if redirecting {
+            net.start_shim("auto");
+        } else {
+            net.stop_shim();
+        }
+        for family in Family::BOTH {
+            for way in Way::BOTH {
+                let before = packets(&net);
+                let done = net.transfer(family, way, &file);
+                assert_eq!(done.redirected, redirecting, "{done:?}");
+                let after = packets(&net);
+                let (here, kernel) = (after.0 - before.0, after.1 - before.1);
+                println!("{family:?} {way:?} redirecting {redirecting}: {here} in userspace, {kernel} by the kernel");
+                assert!(here <= 12, "{here} packets in userspace\n{}", net.logs());
+                // Super-packets hold at most 64 KiB (the host's links are virtual).
+                assert!(kernel >= 16 * MIB / 65_536, "{kernel} packets by the kernel");
+            }
+        }
+    }
+    let shown = show(&net);
+    assert_eq!(shown["offload"]["in_force"], true, "{shown}");
+    // The servers' counters hold what the kernel forwarded.
+    let bytes = |key: &str| -> u64 {
+        let servers = shown["servers"].as_array().expect("servers").iter();
+        servers.map(|server| server["counters"][key].as_u64().expect("a number")).sum()
+    };
+    for key in ["bytes", "bytes_back"] {
+        assert!(bytes(key) > 4 * 16 * MIB, "{key}: {}", bytes(key));
+    }
+    net.stop_balancer_and_count();
+    assert_eq!(ruleset(&net), "");
+}
+
+#[test]
+fn switched_off_everything_goes_through_userspace() {
+    let mut net = Net::new(Options { servers: 2, start: false, ..Options::default() });
+    let text = off(&usual(&net));
+    net.start_balancer_with(&text);
+    for number in 1..=2 {
+        net.start_agent(number);
+    }
+    net.start_nginx();
+    let file = net.make_file("file", 4);
+    for family in Family::BOTH {
+        for way in Way::BOTH {
+            net.transfer(family, way, &file);
+        }
+    }
+    let (here, kernel) = packets(&net);
+    assert!(here > 200 && kernel == 0, "{here} {kernel}");
+    assert!(!ruleset(&net).contains("maps"), "{}", ruleset(&net));
+    let shown = show(&net);
+    assert_eq!(shown["offload"]["in_force"], false);
+    assert!(shown["offload"]["why_not"].as_str().is_some_and(|why| why.contains("off")), "{shown}");
+}
+
+/// The server that each of these local ports meets without a shim.
+fn met(net: &Net, ports: impl Iterator<Item = u16>) -> BTreeMap<(u16, bool), String> {
+    let mut met = BTreeMap::new();
+    for port in ports {
+        for family in Family::BOTH {
+            let local = port.to_string();
+            // The server closes first, and the port is free again.
+            let extra = ["--local-port", &local, "-H", "Connection: close"];
+            let fetched = net.curl(family, "/", &extra);
+            assert!(fetched.ok && !fetched.redirected(), "{family:?} {port}: {fetched:?}\n{}", net.logs());
+            met.insert((port, family == Family::V4), fetched.server);
+        }
+    }
+    met
+}
+
+#[test]
+fn plain_clients_meet_the_same_server_on_and_off() {
+    let mut net = net(4);
+    let ports = || (20_000..20_048).step_by(2);
+    let on = met(&net, ports());
+    let (_, kernel) = packets(&net);
+    assert!(kernel as usize > on.len(), "{kernel} packets by the kernel");
+    net.stop_balancer_and_count();
+    let text = off(&usual(&net));
+    net.start_balancer_with(&text);
+    assert_eq!(met(&net, ports()), on);
+    let servers: std::collections::BTreeSet<&String> = on.values().collect();
+    assert_eq!(servers.len(), 4, "{on:?}");
+}
+
+/// Transfers of both families and ways that last some seconds.
+fn start_slow(net: &Net, file: &TestFile) -> Vec<Transfer> {
+    let kinds = Family::BOTH.into_iter().flat_map(|family| Way::BOTH.map(|way| (family, way)));
+    let running = kinds.map(|(family, way)| net.start_transfer(family, way, file, &["--limit-rate", "4M"]));
+    let running = running.collect();
+    thread::sleep(Duration::from_millis(800));
+    running
+}
+
+#[test]
+fn changes_of_the_table_break_nothing() {
+    let mut net = net(4);
+    net.start_shim("auto");
+    let file = net.make_file("file", 24);
+    // The fourth server takes nothing, so it can come and go.
+    let config = |net: &Net, first, fourth| {
+        net.balancer_config(|number| match number {
+            1 => Some(first),
+            4 => fourth,
+            _ => Some("up"),
+        })
+    };
+    net.reload_balancer(&config(&net, "up", Some("drain")));
+    net.wait_for_balancer("configuration reloaded", 1);
+    let running = start_slow(&net, &file);
+    let begun = Instant::now();
+    let mut reloads = 0;
+    while begun.elapsed() < Duration::from_secs(3) {
+        let first = ["up", "drain"][reloads % 2];
+        let fourth = [Some("drain"), None, Some("down")][reloads % 3];
+        net.reload_balancer(&config(&net, first, fourth));
+        reloads += 1;
+        thread::sleep(Duration::from_millis(50));
+    }
+    for transfer in running {
+        let done = net.finish(transfer);
+        assert!(done.redirected, "{done:?}");
+    }
+    let (here, kernel) = packets(&net);
+    println!("{reloads} reloads asked for: {here} packets in userspace, {kernel} by the kernel");
+    assert!(kernel > 500 && here < kernel / 10, "{here} {kernel}");
+    net.stop_balancer_and_count();
+    assert_eq!(ruleset(&net), "");
+}
+
+#[test]
+fn transfers_go_on_while_a_killed_balancer_is_away() {
+    let mut net = net(3);
+    net.start_shim("auto");
+    let file = net.make_file("file", 24);
+    let running = start_slow(&net, &file);
+    let mut balancer = net.balancer_process.take().expect("it runs");
+    balancer.kill().expect("it can be killed");
+    assert!(ruleset(&net).contains("shunt_balancer_maps"));
+    thread::sleep(Duration::from_secs(3));
+    let open = |net: &Net| {
+        let sockets = net.client.tcp_sockets().expect("sockets can be listed");
+        sockets.iter().filter(|socket| socket.state == shunt_lab::TcpState::Established).count()
+    };
+    assert_eq!(open(&net), running.len(), "none has ended or broken");
+    net.start_balancer();
+    for transfer in running {
+        let done = net.finish(transfer);
+        // 6 s of sending at the limited rate: being held up while nobody was there would show.
+        assert!(done.redirected && done.seconds < 8.5, "{done:?}\n{}", net.logs());
+    }
+    net.stop_balancer_and_count();
+    assert_eq!(ruleset(&net), "");
+}
+
+/// Gigabits a second of one stream to an address and port, from the client.
+fn gigabits(net: &Net, address: &str, port: u16) -> f64 {
+    let mut command = std::process::Command::new("iperf3");
+    command.args(["-c", address, "-p", &port.to_string(), "-t", "3", "-J"]);
+    let output = net.client.run_within(&mut command, Duration::from_secs(20)).expect("iperf3 is installed");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
+    rate.unwrap_or_else(|| panic!("{report}\n{}", net.logs())) / 1e9
+}
+
+#[test]
+#[ignore = "a measurement: run it alone, with --no-capture"]
+fn figures_of_one_stream() {
+    let mut net = net(1);
+    net.start_iperf();
+    let server = net.servers[0].addresses()[0].clone();
+    let mut all: [Vec<f64>; 3] = Default::default();
+    for _ in 0..3 {
+        all[0].push(gigabits(&net, &server, IPERF));
+        all[1].push(gigabits(&net, Family::V4.vip(), IPERF));
+        net.stop_balancer_and_count();
+        let text = off(&usual(&net));
+        net.start_balancer_with(&text);
+        all[2].push(gigabits(&net, Family::V4.vip(), IPERF));
+        net.stop_balancer_and_count();
+        net.start_balancer();
+    }
+    for (what, mut rates) in ["plain kernel forwarding", "offload on", "offload off"].into_iter().zip(all) {
+        rates.sort_by(f64::total_cmp);
+        println!("{what}: {:.1} Gbit/s (of {rates:.1?})", rates[1]);
+    }
+}
