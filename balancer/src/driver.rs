@@ -326,7 +326,10 @@ impl<D: Device> Active<D> {
             }
             Err(rejected) => match self.unreadable(rejected.buffer, rejected.error) {
                 Ok(done) => done,
-                Err(buffer) => return buffer,
+                Err((buffer, error)) => {
+                    main.dropped(|| format!("dropped: {error}"));
+                    return buffer;
+                }
             },
         };
         let why = || self.balancer.explain(route, result).to_string();
@@ -336,7 +339,10 @@ impl<D: Device> Active<D> {
                 Some(device) => device.send_because(&packet, why).await,
                 None => Ok(()),
             },
-            Err(_) => Ok(()),
+            Err(_) => {
+                main.dropped(why);
+                Ok(())
+            }
         };
         if sent.is_err() {
             self.balancer.stats.device_error();
@@ -345,7 +351,7 @@ impl<D: Device> Active<D> {
     }
 
     /// `B4` for what cannot be parsed.
-    fn unreadable(&self, buffer: BytesMut, error: ParseError) -> Result<(Packet, Decided), BytesMut> {
+    fn unreadable(&self, buffer: BytesMut, error: ParseError) -> Result<(Packet, Decided), (BytesMut, ParseError)> {
         match Packet::parse_opaque(buffer) {
             Ok(mut packet) => {
                 let route = self.balancer.route_unreadable(&packet, error);
@@ -354,7 +360,7 @@ impl<D: Device> Active<D> {
             }
             Err(rejected) => {
                 self.balancer.stats.dropped(DropReason::Parse(rejected.error));
-                Err(rejected.buffer)
+                Err((rejected.buffer, rejected.error))
             }
         }
     }

@@ -110,6 +110,7 @@ impl Shim {
             Err(rejected) => {
                 self.counters.malformed += 1;
                 tracing::debug!(error = %rejected.error, "dropped what is no packet");
+                device.dropped(|| format!("not passed on: {}", rejected.error));
                 *buffer = rejected.buffer;
                 return;
             }
@@ -126,6 +127,8 @@ impl Shim {
         let why = self.tell();
         if action == Action::Pass {
             self.send(device, &packet, &why).await;
+        } else {
+            device.dropped(|| not_passed(&why));
         }
         *buffer = packet.into_buffer();
         self.drain(device, now, &why).await;
@@ -162,6 +165,11 @@ impl Shim {
             tracing::debug!(%error, "the device did not take a packet");
         }
     }
+}
+
+/// What a capture says of a packet that ends here.
+fn not_passed(why: &str) -> String {
+    format!("not passed on{}{why}", if why.is_empty() { "" } else { ": " })
 }
 
 /// Whether a device that gave this error may still give packets.

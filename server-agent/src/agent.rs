@@ -249,6 +249,7 @@ impl Agent<'_> {
                         Err(rejected) => {
                             self.stats.malformed += 1;
                             tracing::trace!(error = %rejected.error, "a packet that cannot be read");
+                            device.dropped(|| format!("not passed on: {}", rejected.error));
                             buffer = rejected.buffer;
                         }
                     }
@@ -278,6 +279,8 @@ impl Agent<'_> {
         let why = self.tell();
         if action == Action::Pass {
             self.send(device, &packet, &why).await;
+        } else {
+            device.dropped(|| format!("not passed on{}{why}", if why.is_empty() { "" } else { ": " }));
         }
         self.flush(device, &why).await;
         packet.into_buffer()

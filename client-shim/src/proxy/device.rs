@@ -85,12 +85,14 @@ impl<D: Device> Device for Filtered<D> {
             let packet = match Packet::parse(std::mem::take(buffer), offload) {
                 Ok(packet) => packet,
                 Err(rejected) => {
+                    self.device.dropped(|| format!("not passed on: {}", rejected.error));
                     *buffer = rejected.buffer;
                     continue;
                 }
             };
             let ours = self.is_for_us(&packet);
-            if !ours && let Err(error) = self.device.send(&packet).await {
+            if !ours && let Err(error) = self.device.send_because(&packet, || "not the proxy's".to_owned()).await
+            {
                 tracing::debug!(%error, "the device did not take a packet back");
             }
             *buffer = packet.into_buffer();

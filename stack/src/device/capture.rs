@@ -120,29 +120,56 @@ impl Capture {
     }
 }
 
-/// A device whose traffic is recorded.
-pub struct Captured<D> {
-    device: D,
-    capture: Capture,
+/// A packet received and not yet recorded: what is decided about it may still be told.
+struct Held {
+    packet: Box<[u8]>,
+    time: SystemTime,
 }
 
-impl<D> Captured<D> {
+/// A device whose traffic is recorded.
+///
+/// A received packet is in the file once something is decided about it, or the next one comes.
+pub struct Captured<D: Device> {
+    device: D,
+    capture: Capture,
+    held: Mutex<Option<Held>>,
+}
+
+impl<D: Device> Captured<D> {
     /// Records into `capture` what `device` receives and sends.
     // By value or shared: the choice is the caller's, cloning is cheap.
     pub fn new(device: D, capture: impl Borrow<Capture>) -> Self {
-        Captured { device, capture: capture.borrow().clone() }
+        Captured { device, capture: capture.borrow().clone(), held: Mutex::default() }
     }
 
     /// The device.
     pub fn device(&self) -> &D {
         &self.device
     }
+
+    /// Records what is held, and holds another packet instead.
+    fn hold(&self, next: Option<Held>, why: impl FnOnce() -> String) {
+        let held = {
+            let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *held, next)
+        };
+        if let Some(Held { packet, time }) = held {
+            self.capture.record_because(Direction::In, self.device.name(), &packet, time, why);
+        }
+    }
+}
+
+impl<D: Device> Drop for Captured<D> {
+    fn drop(&mut self) {
+        self.hold(None, String::new);
+    }
 }
 
 impl<D: Device> Device for Captured<D> {
     async fn recv(&self, buffer: &mut BytesMut) -> io::Result<Offload> {
         let offload = self.device.recv(buffer).await?;
-        self.capture.record(Direction::In, self.device.name(), buffer, SystemTime::now());
+        let next = Held { packet: buffer[..].into(), time: SystemTime::now() };
+        self.hold(Some(next), String::new);
         Ok(offload)
     }
 
@@ -151,10 +178,15 @@ impl<D: Device> Device for Captured<D> {
     }
 
     async fn send_because(&self, packet: &Packet, why: impl FnOnce() -> String + Send) -> io::Result<()> {
+        self.hold(None, String::new);
         let now = SystemTime::now();
         self.device.send(packet).await?;
         self.capture.record_because(Direction::Out, self.device.name(), packet.bytes(), now, why);
         Ok(())
+    }
+
+    fn dropped(&self, why: impl FnOnce() -> String + Send) {
+        self.hold(None, why);
     }
 
     fn mtu(&self) -> usize {

@@ -60,6 +60,11 @@ pub trait Device: Send + Sync {
         self.send(packet)
     }
 
+    /// Takes notice that the packet received last is not passed on. A device that records packets records why.
+    fn dropped(&self, why: impl FnOnce() -> String + Send) {
+        drop(why);
+    }
+
     /// The largest packet, in bytes, that the device takes whole. It may change while the device is open, and asking
     /// may be a system call.
     fn mtu(&self) -> usize;
@@ -88,6 +93,10 @@ impl<D: Device> Device for Arc<D> {
         why: impl FnOnce() -> String + Send,
     ) -> impl Future<Output = io::Result<()>> + Send {
         (**self).send_because(packet, why)
+    }
+
+    fn dropped(&self, why: impl FnOnce() -> String + Send) {
+        (**self).dropped(why);
     }
 
     fn mtu(&self) -> usize {

@@ -136,23 +136,38 @@ async fn a_capture_holds_both_directions_with_interface_and_time() {
 async fn n6_a_capture_says_what_was_decided_about_a_packet() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("why.pcapng");
-    let (left, _right) = MemoryDevice::pair(1500, 8);
+    let (left, right) = MemoryDevice::pair(1500, 8);
     let left = std::sync::Arc::new(Captured::new(left, Capture::create(&path).unwrap()));
     left.send_because(&segment(1), || "selected (B1): server web-1".to_owned()).await.unwrap();
     left.send_because(&segment(2), String::new).await.unwrap();
     left.send(&segment(3)).await.unwrap();
+    // What is received waits for what is decided, and is not behind what comes after.
+    for number in 4..=7 {
+        right.send(&segment(number)).await.unwrap();
+        let _ = received(&*left).await;
+        match number {
+            4 => left.dropped(|| "dropped: no redirect port".to_owned()),
+            5 => left.send(&segment(5)).await.unwrap(),
+            _ => {}
+        }
+    }
     drop(left);
 
     let mut reader = PcapNgReader::new(File::open(&path).unwrap()).unwrap();
-    let mut comments = Vec::new();
+    let (mut comments, mut packets) = (Vec::new(), Vec::new());
     while let Some(block) = reader.next_block() {
         let Block::EnhancedPacket(packet) = block.unwrap().0 else { continue };
+        packets.push(packet.data.to_vec());
         comments.push(packet.options.iter().find_map(|option| match option {
             EnhancedPacketOption::Common(CommonOption::Comment(comment)) => Some(comment.to_string()),
             _ => None,
         }));
     }
-    assert_eq!(comments, [Some("selected (B1): server web-1".to_owned()), None, None]);
+    let said = |text: &str| Some(text.to_owned());
+    let dropped = said("dropped: no redirect port");
+    assert_eq!(comments, [said("selected (B1): server web-1"), None, None, dropped, None, None, None, None]);
+    let expected = [1, 2, 3, 4, 5, 5, 6, 7].map(|number| segment(number).bytes().to_vec());
+    assert_eq!(packets, expected);
     // Nobody else asks why.
     let (left, _right) = MemoryDevice::pair(1500, 8);
     left.send_because(&segment(1), || panic!("nobody records it")).await.unwrap();
