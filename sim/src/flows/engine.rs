@@ -17,6 +17,12 @@ pub const LANES: usize = 6;
 /// Bytes that an open connection takes, all contestants together; their tables come on top.
 pub const RECORD_BYTES: usize = size_of::<Record>();
 
+/// Contestants, a bit for each.
+type Lanes = u8;
+
+/// All of them.
+const ALL: Lanes = Lanes::MAX;
+
 /// When open connections send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packets {
@@ -114,8 +120,8 @@ struct Record {
     homes: [Server; LANES],
     /// What the server named, where servers do.
     port: u16,
-    /// By contestant, a bit.
-    broken: u8,
+    /// With whom it is broken.
+    broken: Lanes,
 }
 
 /// A run in progress.
@@ -174,18 +180,22 @@ impl World<'_> {
             self.change(changes, second);
         }
         match self.plan.packets {
-            Packets::Every(period) if contended || second < self.unsettled => {
-                self.packets(second, period, contended);
-            }
-            Packets::AtChanges if !changes.is_empty() => self.packets(second, 1, contended),
+            Packets::Every(period) if second < self.unsettled => self.packets(second, period, ALL, contended),
+            // Nothing has changed, so only those notice whose tables forget.
+            Packets::Every(period) if contended != 0 => self.packets(second, period, contended, contended),
+            Packets::AtChanges if !changes.is_empty() => self.packets(second, 1, ALL, contended),
             _ => {}
         }
         self.arrive(arrivals, syns);
         self.end(second);
     }
 
-    fn may_evict(&self, coming: usize) -> bool {
-        self.contestants.iter().any(|contestant| contestant.may_evict(coming))
+    /// The contestants whose tables may push something out while so many new connections come to a balancer.
+    fn may_evict(&self, coming: usize) -> Lanes {
+        let bit = |(lane, contestant): (usize, &Box<dyn Contestant>)| {
+            Lanes::from(contestant.may_evict(coming)) << lane
+        };
+        self.contestants.iter().enumerate().map(bit).fold(0, |all, bit| all | bit)
     }
 
     fn update(&mut self) {
@@ -219,12 +229,12 @@ impl World<'_> {
         }
     }
 
-    /// Those whose turn it is send.
-    fn packets(&mut self, second: u32, period: u32, contended: bool) {
+    /// Those whose turn it is send, with the contestants `lanes`.
+    fn packets(&mut self, second: u32, period: u32, lanes: Lanes, contended: Lanes) {
         let mut open = std::mem::take(&mut self.open);
         let is_due =
             |record: &Record| period <= 1 || (record.hash as u32).wrapping_add(second).is_multiple_of(period);
-        if contended {
+        if contended != 0 {
             // Who sends last is what a table keeps longest: no order must be better than another.
             let numbered = open.iter().enumerate();
             let all =
@@ -234,19 +244,21 @@ impl World<'_> {
             for (end, number) in order {
                 let record = &mut open[end as usize][number as usize];
                 if is_due(record) {
-                    self.packet(record, second);
+                    self.packet(record, second, lanes);
                 }
             }
         } else {
-            open.iter_mut().flatten().filter(|record| is_due(record)).for_each(|r| self.packet(r, second));
+            let due = open.iter_mut().flatten().filter(|record| is_due(record));
+            due.for_each(|record| self.packet(record, second, lanes));
         }
         self.open = open;
     }
 
-    fn packet(&mut self, record: &mut Record, second: u32) {
+    fn packet(&mut self, record: &mut Record, second: u32, lanes: Lanes) {
         let flow = self.flow(record.hash, record.port);
+        let whole = lanes & !record.broken;
         for (lane, contestant) in self.contestants.iter_mut().enumerate() {
-            if record.broken >> lane & 1 == 0 && !contestant.reaches(&flow, record.homes[lane]) {
+            if whole >> lane & 1 == 1 && !contestant.reaches(&flow, record.homes[lane]) {
                 record.broken |= 1 << lane;
                 let outcome = &mut self.outcome.lanes[lane];
                 outcome.by_second[second as usize] += 1;
@@ -311,7 +323,7 @@ impl World<'_> {
         self.count -= ending.len() as u64;
         self.outcome.ended.push(ending.len() as u64);
         for mut record in ending {
-            self.packet(&mut record, second);
+            self.packet(&mut record, second, ALL);
             let flow = self.flow(record.hash, record.port);
             for (lane, contestant) in self.contestants.iter_mut().enumerate() {
                 if record.broken >> lane & 1 == 0 {
