@@ -52,8 +52,8 @@
 //! Only approximated: JET's simulation uses `AnchorHash`, here it is rendezvous hashing with servers that come back in
 //! the order of its stack; its schedule of updates is drawn, here from another generator. Cheetah's percentages are of
 //! requests on a testbed and depend on what its clients had under way and when that sent, so only proportions are
-//! compared, with the published schedule of servers and the durations of its list of requests. How many slots of a
-//! Maglev table move is a curve without numbers in the paper; a test holds our own figure.
+//! compared, with the published schedule of servers and the durations of its list of requests. For how many slots of a
+//! Maglev table move no published number was found; a test holds our own.
 //!
 //! # Memory
 //!

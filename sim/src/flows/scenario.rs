@@ -14,7 +14,7 @@ const REST: u32 = 300;
 const DRAIN: u32 = 630;
 /// Seconds that a restart takes.
 const RESTART: u32 = 10;
-/// The servers of Cheetah's experiment (NSDI 2020, §6.3) and how many came or went after so many seconds, as the
+/// The servers of Cheetah's experiment (NSDI 2020) and how many came or went after so many seconds, as the
 /// published measurements count them: 24, 30, 22.
 pub(super) const CHEETAH_SERVERS: usize = 24;
 pub(super) const CHEETAH: [(u32, isize); 9] =

@@ -205,15 +205,15 @@ fn maglevs_shares_differ_by_a_per_cent_at_the_most() {
     }
 }
 
-/// Removing a server moves about twice as many slots as are its own (Envoy's documentation of its Maglev, "approximately
-/// double"; the paper's own figure 12 is a curve without numbers). Tolerance: 1 to 2.5 times.
+/// No number for it was found published: ours. A removal moves all slots of the server, and of the others fewer than
+/// one in a hundred.
 #[test]
-fn removing_a_server_moves_about_twice_its_slots() {
+fn removing_a_server_moves_few_slots_of_the_others() {
     for servers in [20, 100, 468] {
         let (before, after) = (maglev(servers, &[]), maglev(servers, &[3]));
         let moved = before.iter().zip(&after).filter(|(before, after)| before != after).count();
         let own = before.iter().filter(|server| **server == 3).count();
         println!("{servers} servers: {moved} slots moved, {own} were the server's own");
-        assert!(moved >= own && moved * 2 <= own * 5);
+        assert!(moved >= own && moved - own < SLOTS / 100);
     }
 }
