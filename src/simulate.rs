@@ -3,13 +3,16 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, IsTerminal, Write};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::ScopedJoinHandle;
 use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -42,7 +45,7 @@ balances, ours too.";
 #[derive(Debug, Args)]
 pub(crate) struct SimulateArgs {
     /// How many connections are opened in each scenario.
-    #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..=10_000_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     connections: u64,
 
     /// Servers at the beginning.
@@ -62,7 +65,7 @@ pub(crate) struct SimulateArgs {
     table_size: Option<u32>,
 
     /// Only this scenario. Repeatable; all by default.
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Scenario::ALL.map(Scenario::name)))]
+    #[arg(long, value_name = "NAME", value_parser = scenarios())]
     scenario: Vec<String>,
 
     /// What everything is drawn from.
@@ -80,6 +83,11 @@ pub(crate) struct SimulateArgs {
     /// Print one JSON object instead of the table, in the last line.
     #[arg(long)]
     json: bool,
+}
+
+fn scenarios() -> PossibleValuesParser {
+    let value = |scenario: Scenario| PossibleValue::new(scenario.name()).help(scenario.about());
+    Scenario::ALL.map(value).into()
 }
 
 impl SimulateArgs {
@@ -153,20 +161,32 @@ fn named(path: Option<&Path>) -> String {
 fn summary(arguments: &SimulateArgs) -> Summary {
     let (options, scenarios) = (arguments.options(), arguments.scenarios());
     let bar = progress(options.connections * scenarios.len() as u64);
-    let run = |(before, scenario): (u64, &Scenario)| {
-        bar.set_message(scenario.name());
-        flows::run(*scenario, &options, &mut |opened| {
-            bar.set_position(before * options.connections + opened);
-        })
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(scenario) = scenarios.get(index) else { return done };
+            let mut told = 0;
+            let mut progress = |opened| bar.inc(opened - std::mem::replace(&mut told, opened));
+            done.push((index, flows::run(*scenario, &options, &mut progress)));
+        }
     };
-    let reports = (0..).zip(&scenarios).map(run).collect();
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(scenarios.len());
+    let mut reports: Vec<(usize, Report)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
+        let finish =
+            |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+        threads.into_iter().flat_map(finish).collect()
+    });
+    reports.sort_by_key(|(index, _)| *index);
     bar.finish_and_clear();
     Summary {
         seed: options.seed,
         servers: options.servers,
         balancers: options.balancers,
         plain_percent: options.plain,
-        scenarios: reports,
+        scenarios: reports.into_iter().map(|(_, report)| report).collect(),
     }
 }
 
@@ -174,8 +194,7 @@ fn progress(connections: u64) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style =
-        ProgressStyle::with_template("{bar:40} {human_pos}/{human_len} connections, {eta} left, {msg}");
+    let style = ProgressStyle::with_template("{bar:40} {human_pos}/{human_len} connections, {eta} left");
     ProgressBar::new(connections).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
@@ -183,11 +202,11 @@ fn table(summary: &Summary) -> Table {
     let mut table = Table::new();
     table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     let titles = Contender::ALL.map(|contender| contender.title().to_owned());
-    table.set_header(["broken connections".to_owned()].into_iter().chain(titles));
+    table.set_header(["broken".to_owned()].into_iter().chain(titles));
     for report in &summary.scenarios {
         let cell = |contender| match report.broken.get(contender) {
             0 => "0".to_owned(),
-            broken => format!("{broken} ({})", percent(report.share(contender))),
+            _ => flows::percent(report.share(contender)),
         };
         table.add_row([report.name.to_owned()].into_iter().chain(Contender::ALL.map(cell)));
     }
@@ -195,18 +214,6 @@ fn table(summary: &Summary) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
-}
-
-/// A share with two significant digits.
-fn percent(share: f64) -> String {
-    let percent = share * 100.0;
-    match percent {
-        10.0.. => format!("{percent:.0} %"),
-        1.0.. => format!("{percent:.1} %"),
-        0.1.. => format!("{percent:.2} %"),
-        0.01.. => format!("{percent:.3} %"),
-        _ => format!("{percent:.4} %"),
-    }
 }
 
 /// What a reader of the table must know.

@@ -123,12 +123,16 @@ impl Cluster {
             Change::Add(count) => self.add(*count),
             Change::Drain(servers) => servers.iter().for_each(|server| self.drain(*server)),
             Change::Stop(servers) => {
-                servers.iter().for_each(|server| self.stop(*server));
+                for server in servers {
+                    self.stop(*server);
+                }
                 ended.clone_from(servers);
             }
             Change::Return(servers) => servers.iter().for_each(|server| self.raise(*server)),
             Change::Weigh(servers, weight) => {
-                servers.iter().for_each(|server| self.members[usize::from(*server)].weight = *weight);
+                for server in servers {
+                    self.members[usize::from(*server)].weight = *weight;
+                }
             }
             Change::Balancers(count) => self.balancers = *count,
         }
@@ -145,7 +149,9 @@ impl Cluster {
         let waiting = |member: &Member| matches!(member.state, State::Planned | State::Announced);
         let all: Range<usize> = 0..self.members.len();
         let next: Vec<usize> = all.filter(|index| waiting(&self.members[*index])).take(count).collect();
-        next.into_iter().for_each(|index| self.raise(index as Server));
+        for index in next {
+            self.raise(index as Server);
+        }
     }
 
     fn announce(&mut self) {

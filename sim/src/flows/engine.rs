@@ -192,10 +192,8 @@ impl World<'_> {
 
     /// The contestants whose tables may push something out while so many new connections come to a balancer.
     fn may_evict(&self, coming: usize) -> Lanes {
-        let bit = |(lane, contestant): (usize, &Box<dyn Contestant>)| {
-            Lanes::from(contestant.may_evict(coming)) << lane
-        };
-        self.contestants.iter().enumerate().map(bit).fold(0, |all, bit| all | bit)
+        let full = self.contestants.iter().enumerate().filter(|(_, contestant)| contestant.may_evict(coming));
+        full.fold(0, |lanes, (lane, _)| lanes | 1 << lane)
     }
 
     fn update(&mut self) {

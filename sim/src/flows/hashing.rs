@@ -124,7 +124,7 @@ fn score(slot: usize, server: Server, weight: u32) -> f64 {
     -f64::from(weight) / uniform.ln()
 }
 
-/// The table of JET (Mendelson et al., CoNEXT 2021) over rendezvous hashing: beside the server of each slot it knows
+/// The table of JET (Mendelson et al., `CoNEXT` 2021) over rendezvous hashing: beside the server of each slot it knows
 /// whether a server of the horizon would take the slot over if it were added. Only then is a connection unsafe.
 #[derive(Debug)]
 pub struct Horizon {

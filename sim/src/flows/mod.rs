@@ -13,7 +13,7 @@
 //! | maglev | Maglev, NSDI 2016, §3.4 | the server of the hash's slot; the same table as our plain clients' |
 //! | `maglev_lru` | the same, with its connection table | the server in the balancer's table if the connection is there |
 //! | `two_slot` | Beamer, NSDI 2018; GitHub's GLB director | the bucket's server, which passes on to the one before what it does not know |
-//! | jet | JET, CoNEXT 2021, over rendezvous hashing in a table | the server in the table if the connection is there; only those that a server of the horizon would take are put there |
+//! | jet | JET, `CoNEXT` 2021, over rendezvous hashing in a table | the server in the table if the connection is there; only those that a server of the horizon would take are put there |
 //! | modulo | | the server at the hash modulo the number of servers |
 //!
 //! Cheetah (NSDI 2020) names the server in the connection, as redirection does by its port: it would have redirect's
@@ -60,6 +60,12 @@
 //! An open connection takes [`RECORD_BYTES`], all contestants together, and is kept only while it is open; tables take
 //! some 40 bytes an entry. A hundred million connections in a scenario of 15 minutes are two to four million open ones.
 
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "durations, shares and lengths of bars are not negative and far below the limits"
+)]
+
 mod chart;
 mod cluster;
 mod contestant;
@@ -78,5 +84,5 @@ mod workload;
 
 pub use cluster::{MAX_SERVERS, Reuse};
 pub use engine::RECORD_BYTES;
-pub use report::{Contender, Counts, Report, Summary, run};
+pub use report::{Contender, Counts, Report, Summary, percent, run};
 pub use scenario::{Options, Scenario};

@@ -131,6 +131,8 @@ impl Counts {
 pub struct Report {
     /// Its name.
     pub name: &'static str,
+    /// What is done in it.
+    pub about: &'static str,
     /// Connections opened; the same for all contestants.
     pub connections: u64,
     /// Those of them that are redirected by this balancer's servers; the rest is plain to it.
@@ -160,6 +162,19 @@ impl Report {
     /// The share of a contender's connections that broke, 0 to 1.
     pub fn share(&self, contender: Contender) -> f64 {
         self.broken.get(contender) as f64 / self.connections_of(contender).max(1) as f64
+    }
+}
+
+/// A share in per cent, with two significant digits.
+pub fn percent(share: f64) -> String {
+    let percent = share * 100.0;
+    match percent {
+        10.0.. => format!("{percent:.0} %"),
+        1.0.. => format!("{percent:.1} %"),
+        0.1.. => format!("{percent:.2} %"),
+        0.01.. => format!("{percent:.3} %"),
+        0.001.. => format!("{percent:.4} %"),
+        _ => format!("{percent:.5} %"),
     }
 }
 
@@ -227,6 +242,7 @@ pub fn run(scenario: Scenario, options: &Options, progress: &mut dyn FnMut(u64))
     };
     Report {
         name: scenario.name(),
+        about: scenario.about(),
         connections: outcome.opened,
         redirected: outcome.with_port,
         peak_open: outcome.peak_open,

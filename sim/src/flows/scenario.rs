@@ -131,6 +131,32 @@ impl Scenario {
         }
     }
 
+    /// What is done in it, in a line.
+    pub fn about(self) -> &'static str {
+        match self {
+            Scenario::RollingRestart => {
+                "a tenth of the servers after another is drained, restarted and taken back"
+            }
+            Scenario::ScaleOut => "five times, a minute apart, a twentieth of the servers is added",
+            Scenario::ScaleIn => {
+                "five times, a minute apart, a twentieth of the servers is drained, then removed"
+            }
+            Scenario::Replace => "a tenth is added and a tenth drained in the same moment, four times",
+            Scenario::Churn => "24, 30 and 22 servers within 20 seconds, in proportion",
+            Scenario::BalancerChange => {
+                "balancers come and go, connections are spread anew; servers come and go too"
+            }
+            Scenario::SynFlood => {
+                "SYNs fill the tables once a second while a tenth is added and a tenth drained"
+            }
+            Scenario::Reweight => {
+                "a third of the servers gets twice the weight, a third three times, then all the same"
+            }
+            Scenario::ServerDeath => "a twentieth of the servers dies, two minutes later another",
+            Scenario::ForcedRemoval => "a tenth is drained for ten seconds and then removed",
+        }
+    }
+
     /// Whether servers end in it while they have connections: then those of everybody break.
     pub fn loses_servers(self) -> bool {
         matches!(self, Scenario::ServerDeath | Scenario::ForcedRemoval)
@@ -156,9 +182,9 @@ impl Scenario {
                 for (second, count) in CHEETAH {
                     let scaled = (count.unsigned_abs() * options.servers / CHEETAH_SERVERS).max(1);
                     if count > 0 {
-                        script.add(QUIET + second, scaled)
+                        script.add(QUIET + second, scaled);
                     } else {
-                        script.remove(QUIET + second, scaled)
+                        script.remove(QUIET + second, scaled);
                     }
                 }
             }

@@ -10,7 +10,7 @@ pub struct Workload {
 }
 
 /// Durations in a Hadoop cluster, in seconds, by the share of connections that last no longer: the distribution that
-/// the simulations of Cheetah (NSDI 2020) and JET (CoNEXT 2021) publish with their code.
+/// the simulations of Cheetah (NSDI 2020) and JET (`CoNEXT` 2021) publish with their code.
 const HADOOP: [(f64, f64); 14] = [
     (0.2934, 0.001),
     (0.3782, 0.002),
