@@ -29,6 +29,8 @@ need dig bind9-dnsutils
 need ping iputils-ping
 need tshark tshark
 need scapy python3-scapy
+need haproxy haproxy
+need wrk wrk
 if [ "${#packages[@]}" -gt 0 ]; then
   step "installing ${packages[*]}"
   sudo=

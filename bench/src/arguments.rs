@@ -9,7 +9,7 @@ use crate::contestant::Contestant;
 use crate::measure::Measure;
 use crate::part::Part;
 
-/// Compares Shunt's balancer with the kernel's forwarding, nftables, `HAProxy` and nginx.
+/// Compares Shunt's balancer with the kernel's forwarding, nftables, haproxy and nginx.
 ///
 /// Each of them stands between a client and a server in network namespaces of this machine. They are measured in turn,
 /// several times; medians are shown, and in brackets the least and the greatest. It needs root, or user namespaces.
@@ -22,6 +22,9 @@ pub struct Arguments {
     /// Write the medians as one JSON object to the last line of standard output, all else to standard error
     #[arg(long)]
     pub json: bool,
+    /// Write the document `RESULTS.md`, and the picture `results.svg`, to this folder
+    #[arg(long, value_name = "FOLDER", num_args = 0..=1, default_missing_value = "bench")]
+    pub write: Option<PathBuf>,
     /// Only these contestants, and `direct` to compare them with; may be repeated
     #[arg(long, value_name = "CONTESTANT")]
     pub only: Vec<Contestant>,

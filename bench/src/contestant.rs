@@ -12,9 +12,9 @@ pub enum Contestant {
     Kernel,
     /// nftables: destination NAT with connection tracking
     Nft,
-    /// `HAProxy`, `mode tcp`
+    /// haproxy, mode tcp: a connection on each side
     Haproxy,
-    /// nginx, module stream
+    /// nginx, module stream: the same
     Nginx,
     /// The balancer as it comes; the client connects to the service port
     Shunt,
@@ -110,6 +110,15 @@ impl Contestant {
             Contestant::Reconnect => Some("reconnect"),
             Contestant::Handover => Some("handover"),
             _ => None,
+        }
+    }
+
+    /// What it can at best be as good as: the kernel's forwarding, or with programs at the ends nothing in the middle.
+    pub fn limit(self) -> Option<Contestant> {
+        match self {
+            Contestant::Direct | Contestant::Kernel => None,
+            one if one.has_agent() => Some(Contestant::Direct),
+            _ => Some(Contestant::Kernel),
         }
     }
 

@@ -17,14 +17,13 @@ mod run;
 mod statistics;
 mod world;
 
-use std::fmt::Write as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
 
 use arguments::Arguments;
-use figure::Figure;
 use installed::Installed;
 use results::Results;
 
@@ -57,7 +56,10 @@ fn perform(arguments: &Arguments) -> Result<Results> {
     let folder = tempfile::Builder::new().prefix("shunt-bench-").tempdir().context("making a folder")?;
     let installed = Installed::find(&plan.contestants, arguments.shunt.clone(), folder.path())?;
     let results = run::run(&plan, &installed, folder.path())?;
-    let text = describe(&results, &[machine, installed.versions()].concat());
+    let text = report::markdown::document(&results, &[machine, installed.versions()].concat());
+    if let Some(folder) = &arguments.write {
+        write(folder, &text, &report::chart::draw(&results))?;
+    }
     if arguments.json {
         eprintln!("{text}");
         println!("{}", report::json::object(&results));
@@ -67,33 +69,15 @@ fn perform(arguments: &Arguments) -> Result<Results> {
     Ok(results)
 }
 
-/// Tables and what is to be known with them.
-fn describe(results: &Results, machine: &[String]) -> String {
-    let mut text = machine.join("\n") + "\n";
-    for contestant in results.contestants() {
-        let _ = write!(text, "\n{}: {}", contestant.name(), contestant.about());
+/// Writes the document and the picture that it shows.
+fn write(folder: &Path, text: &str, picture: &str) -> Result<()> {
+    let head = "# Results\n\nBy `bench/run.sh --write`; `bench/run.sh --help` tells what is measured.\n\n\
+                ![The figures as bars](results.svg)\n\n";
+    for (name, content) in [("RESULTS.md", format!("{head}{text}")), ("results.svg", format!("{picture}\n"))]
+    {
+        let path = folder.join(name);
+        std::fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+        eprintln!("written: {}", path.display());
     }
-    let _ = writeln!(
-        text,
-        "\nmedian (least..greatest) of {} rounds; of rates, the part of kernel's",
-        results.rounds()
-    );
-    let (rates, added): (Vec<Figure>, Vec<Figure>) =
-        results.figures().into_iter().partition(|figure| !figure.is_added());
-    for figures in [&rates, &added].into_iter().filter(|figures| !figures.is_empty()) {
-        let _ = write!(text, "\n{}\n", report::table::figures(results, figures));
-    }
-    if !results.memory_counts().is_empty() {
-        let _ = write!(text, "\nmemory of the process in the middle\n{}\n", report::table::memory(results));
-    }
-    for (contestant, why) in &results.left_out {
-        let _ = write!(text, "\nleft out: {}: {why}", contestant.name());
-    }
-    for line in &results.remarks {
-        let _ = write!(text, "\n{line}");
-    }
-    for failure in &results.failures {
-        let _ = write!(text, "\nfailed: {failure}");
-    }
-    text
+    Ok(())
 }

@@ -1,4 +1,6 @@
 //! Results as others read them.
 
+pub mod chart;
 pub mod json;
-pub mod table;
+pub mod markdown;
+mod table;

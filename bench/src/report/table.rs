@@ -7,7 +7,8 @@ use crate::figure::Figure;
 use crate::results::Results;
 use crate::statistics::Summary;
 
-/// A row for each contestant, a column for each figure: `median (least-greatest)`, and of rates the part of the kernel's.
+/// A row for each contestant, a column for each figure: `median (least-greatest)`, and of rates the part of the
+/// [limit](Contestant::limit)'s.
 pub fn figures(results: &Results, figures: &[Figure]) -> Table {
     let mut table = empty();
     let titles = figures.iter().map(|figure| figure.title().to_owned());
@@ -56,10 +57,11 @@ fn cell(results: &Results, contestant: Contestant, figure: Figure) -> Option<Str
     if base {
         return Some(format!("[{text}]"));
     }
-    match results.ratio(contestant, Contestant::Kernel, figure) {
-        Some(ratio) if contestant != Contestant::Kernel => Some(format!("{text} {:.2}x", ratio.median)),
-        _ => Some(text),
-    }
+    let ratio = contestant.limit().and_then(|limit| results.ratio(contestant, limit, figure));
+    Some(match ratio {
+        Some(ratio) => format!("{text} {:.2}x", ratio.median),
+        None => text,
+    })
 }
 
 fn spread(summary: Summary, digits: usize) -> String {
