@@ -1,5 +1,5 @@
-//! What comes and goes while connections last: ten thousand of them, daemons killed and restarted, servers drained and
-//! removed, a path that shrinks; and what is left on the hosts afterwards.
+//! What comes and goes while connections last: ten thousand of them, daemons killed and restarted, servers added, drained
+//! and removed, balancers side by side, a path that shrinks; and what is left on the hosts afterwards.
 
 mod common;
 
@@ -8,11 +8,12 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::ecmp::Pair;
 use common::{
     Family, Net, Options, Tally, TestFile, Transfer, WEB, WEB_SERVICE, Way, difference, host_state,
     kernel_counter,
 };
-use shunt_lab::{Child, TcpState};
+use shunt_lab::{Child, Host, TcpState};
 
 /// What may pass between two looks at a balancer's memory without a reason.
 const RSS_NOISE_KIB: u64 = 2048;
@@ -47,12 +48,12 @@ fn open(address: SocketAddr) -> std::io::Result<(TcpStream, u16)> {
     Ok((stream, port))
 }
 
-/// Opens `count` connections from the client, four at a time, that have had an answer each.
-fn open_many(net: &Net, family: Family, count: usize) -> Vec<TcpStream> {
+/// Opens `count` connections from a host, four at a time, that have had an answer each, from the port told with them.
+fn open_from(host: &Host, family: Family, count: usize) -> std::io::Result<Vec<(TcpStream, u16)>> {
     const THREADS: usize = 4;
     let vip: IpAddr = family.vip().parse().expect("an address");
     let address = SocketAddr::new(vip, WEB);
-    let opened = net.client.enter(|| {
+    let opened = host.enter(|| {
         std::thread::scope(|scope| {
             let open_some =
                 || (0..count / THREADS).map(|_| open(address)).collect::<std::io::Result<Vec<_>>>();
@@ -63,11 +64,17 @@ fn open_many(net: &Net, family: Family, count: usize) -> Vec<TcpStream> {
                 .collect::<std::io::Result<Vec<_>>>()
         })
     });
-    let opened = opened.expect("the client is there");
+    let opened = opened.expect("the host is there")?;
+    Ok(opened.into_iter().flatten().collect())
+}
+
+/// The same from the client with the shim: all are redirected.
+fn open_many(net: &Net, family: Family, count: usize) -> Vec<TcpStream> {
+    let opened = open_from(&net.client, family, count);
     let opened = opened.unwrap_or_else(|error| panic!("{family:?}: {error}\n{}", net.logs()));
-    let plain = opened.iter().flatten().filter(|(_, port)| *port <= WEB_SERVICE).count();
+    let plain = opened.iter().filter(|(_, port)| *port <= WEB_SERVICE).count();
     assert_eq!(plain, 0, "{family:?}: connections that were not redirected\n{}", net.logs());
-    opened.into_iter().flatten().map(|(stream, _)| stream).collect()
+    opened.into_iter().map(|(stream, _)| stream).collect()
 }
 
 /// Lets this process have 20,000 files open.
@@ -117,6 +124,167 @@ fn ten_thousand_open_connections_cost_the_balancer_no_memory() {
         }
     }
     net.stop_shim();
+}
+
+/// Long connections through two balancers.
+struct Long {
+    pair: Pair,
+    /// With the server's port each.
+    redirected: Vec<(TcpStream, u16)>,
+    plain: Vec<(TcpStream, u16)>,
+}
+
+impl Long {
+    fn open(pair: Pair, redirected: usize, plain: usize) -> Long {
+        let of = |host: &Host, count: usize| {
+            let both = Family::BOTH.into_iter().map(|family| open_from(host, family, count / 2));
+            let all = both.collect::<std::io::Result<Vec<_>>>();
+            all.unwrap_or_else(|error| panic!("{}: {error}\n{}", host.name(), pair.logs()))
+                .into_iter()
+                .flatten()
+                .collect::<Vec<_>>()
+        };
+        let (redirected, plain) = (of(&pair.net.client, redirected), of(&pair.plain, plain));
+        let mut long = Long { pair, redirected, plain };
+        assert!(long.plain.iter().all(|(_, port)| *port == WEB), "a client without a shim is not redirected");
+        long.none_breaks("opened");
+        long
+    }
+
+    /// Asks all of them, those that are redirected while `meanwhile` happens; the number of plain ones that broke.
+    fn ask_while(&mut self, what: &str, meanwhile: impl FnOnce(&mut Pair)) -> usize {
+        let began = Instant::now();
+        let (redirected, pair) = (&mut self.redirected, &mut self.pair);
+        let broken = std::thread::scope(|scope| {
+            let asking = scope.spawn(|| ask_each(redirected));
+            meanwhile(pair);
+            asking.join().expect("no panic")
+        });
+        let lost = ask_each(&mut self.plain).len();
+        println!(
+            "{what}: {} redirected connections, broken {}; {} plain ones, broken {lost}; {:.1} s",
+            self.redirected.len(),
+            broken.len(),
+            self.plain.len(),
+            began.elapsed().as_secs_f64()
+        );
+        assert!(
+            broken.is_empty(),
+            "{what}: {} redirected ones broke: {:?}\n{}",
+            broken.len(),
+            broken[0],
+            self.pair.logs()
+        );
+        assert!(self.redirected.iter().all(|(_, port)| *port > WEB_SERVICE), "{what}: all are redirected");
+        lost
+    }
+
+    fn none_breaks(&mut self, what: &str) {
+        assert_eq!(self.ask_while(what, |_| ()), 0, "{what}: plain connections broke\n{}", self.pair.logs());
+    }
+
+    /// How many connections, of those that are asked to be redirected, meet each server now.
+    fn meet(&self, count: usize) -> std::collections::BTreeMap<u16, usize> {
+        let mut met = std::collections::BTreeMap::new();
+        for family in Family::BOTH {
+            let opened = open_from(&self.pair.net.client, family, count / 2);
+            let opened = opened.unwrap_or_else(|error| panic!("{family:?}: {error}\n{}", self.pair.logs()));
+            for (_, port) in opened {
+                *met.entry(port.saturating_sub(WEB_SERVICE)).or_default() += 1;
+            }
+        }
+        met
+    }
+
+    /// Some of the plain ones move when the set of servers changes: those of one server of five, and few more (B3).
+    fn few_broke(&self, what: &str, lost: usize, before: usize) {
+        assert!(lost * 10 <= before * 3, "{what}: {lost} plain connections of {before} broke");
+        assert!(lost > 0, "{what}: no plain connection was on a server that changed");
+    }
+}
+
+/// What is said of those that broke, which are let go of.
+fn ask_each(streams: &mut Vec<(TcpStream, u16)>) -> Vec<String> {
+    const THREADS: usize = 4;
+    let share = streams.len().div_ceil(THREADS).max(1);
+    let broken: Vec<(usize, String)> = std::thread::scope(|scope| {
+        let ask_some = |(part, some): (usize, &mut [(TcpStream, u16)])| {
+            let mut broken = Vec::new();
+            for (number, (stream, port)) in some.iter_mut().enumerate() {
+                match ask(stream) {
+                    Ok(now) if now == *port => {}
+                    Ok(now) => broken.push((part * share + number, format!("port {port} became {now}"))),
+                    Err(error) => broken.push((part * share + number, format!("port {port}: {error}"))),
+                }
+            }
+            broken
+        };
+        let threads: Vec<_> =
+            streams.chunks_mut(share).enumerate().map(|part| scope.spawn(move || ask_some(part))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect()
+    });
+    for (number, _) in broken.iter().rev() {
+        streams.swap_remove(*number);
+    }
+    broken.into_iter().map(|(_, said)| said).collect()
+}
+
+#[test]
+fn long_connections_outlive_every_change_of_servers_and_balancers_side_by_side() {
+    raise_open_files();
+    let (redirected, plain) = (10_000, 1000);
+    let mut pair = Pair::new(5, 4);
+    pair.net.start_nginx();
+    pair.net.start_shim("auto");
+    let mut long = Long::open(pair, redirected, plain);
+    for number in 0..2 {
+        let selected = long.pair.selected(number);
+        assert!(selected > redirected as u64 / 4, "balancer {number} has chosen for {selected} alone");
+    }
+
+    let [v4, v6] = long.pair.net.servers[4].addresses();
+    let address = format!("address=[\"{v4}\",\"{v6}\"]");
+    let add = ["server", "add", "s5", &address, "ports.web=41005", "ports.iperf=42005", "ports.other=43005"];
+    let lost = long.ask_while("server added", |pair| pair.tell(&add));
+    long.few_broke("server added", lost, plain);
+    assert!(long.meet(80).contains_key(&5), "the new server is used");
+
+    // Nobody tells the router at first.
+    let config = long.pair.config(0);
+    let killed = |pair: &mut Pair| {
+        pair.kill(0);
+        sleep(300);
+        pair.spread_over(&[1]);
+    };
+    assert_eq!(long.ask_while("a balancer killed", killed), 0, "both hash alike");
+    let restarted = |pair: &mut Pair| {
+        pair.start(0, &config);
+        pair.spread_over(&[0, 1]);
+    };
+    assert_eq!(long.ask_while("it is back", restarted), 0, "both hash alike");
+
+    let before = long.plain.len();
+    let lost = long.ask_while("server drained", |pair| pair.tell(&["drain", "s1"]));
+    long.few_broke("server drained", lost, before);
+    assert!(!long.meet(80).contains_key(&1), "a drained server gets no new connections");
+    long.redirected.retain(|(_, port)| *port != WEB_SERVICE + 1);
+    assert_eq!(long.ask_while("it is removed", |pair| pair.tell(&["server", "remove", "s1"])), 0);
+
+    let config = long.pair.config(1);
+    let moved = |pair: &mut Pair| {
+        pair.spread_over(&[0]);
+        pair.kill(1);
+        sleep(300);
+        pair.start(1, &config);
+        pair.spread_over(&[1]);
+        sleep(300);
+        pair.spread_over(&[1, 0]);
+    };
+    assert_eq!(long.ask_while("the paths changed, the other restarted", moved), 0, "both hash alike");
+    assert!(long.redirected.len() > redirected / 2, "most of them are still there");
+    let met = long.meet(80);
+    assert!(!met.contains_key(&0) && !met.contains_key(&1) && met.len() == 4, "{met:?}");
+    long.pair.net.stop_shim();
 }
 
 /// Both families and both ways, slow enough that something can happen meanwhile: about four seconds.

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
+use tokio::signal::unix::{SignalKind, signal};
 
 use arguments::Arguments;
 use installed::Installed;
@@ -54,6 +55,7 @@ fn perform(arguments: &Arguments) -> Result<Results> {
     let plan = arguments.plan();
     let machine = machine::describe();
     let folder = tempfile::Builder::new().prefix("shunt-bench-").tempdir().context("making a folder")?;
+    clean_up_when_told(folder.path())?;
     let installed = Installed::find(&plan.contestants, arguments.shunt.clone(), folder.path())?;
     let results = run::run(&plan, &installed, folder.path())?;
     let text = report::markdown::document(&results, &[machine, installed.versions()].concat());
@@ -79,5 +81,26 @@ fn write(folder: &Path, text: &str, picture: &str) -> Result<()> {
         std::fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
         eprintln!("written: {}", path.display());
     }
+    Ok(())
+}
+
+/// At a signal the files are removed and the program ends; its hosts and what runs on them end with it.
+fn clean_up_when_told(folder: &Path) -> Result<()> {
+    const INTERRUPTED: i32 = 130;
+    let folder = folder.to_owned();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let inside = runtime.enter();
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    drop(inside);
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        });
+        let _ = std::fs::remove_dir_all(&folder);
+        std::process::exit(INTERRUPTED);
+    })?;
     Ok(())
 }

@@ -11,6 +11,7 @@
 
 pub mod ctl;
 pub mod datagrams;
+pub mod ecmp;
 mod links;
 mod programs;
 pub mod service;
