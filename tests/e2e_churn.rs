@@ -195,12 +195,12 @@ impl Long {
         }
         met
     }
+}
 
-    /// Some of the plain ones move when the set of servers changes: those of one server of five, and few more (B3).
-    fn few_broke(&self, what: &str, lost: usize, before: usize) {
-        assert!(lost * 10 <= before * 3, "{what}: {lost} plain connections of {before} broke");
-        assert!(lost > 0, "{what}: no plain connection was on a server that changed");
-    }
+/// Some of the plain ones move when the set of servers changes: those of one server of five, and few more (B3).
+fn few_broke(what: &str, lost: usize, before: usize) {
+    assert!(lost * 10 <= before * 3, "{what}: {lost} plain connections of {before} broke");
+    assert!(lost > 0, "{what}: no plain connection was on a server that changed");
 }
 
 /// What is said of those that broke, which are let go of.
@@ -246,7 +246,7 @@ fn long_connections_outlive_every_change_of_servers_and_balancers_side_by_side()
     let address = format!("address=[\"{v4}\",\"{v6}\"]");
     let add = ["server", "add", "s5", &address, "ports.web=41005", "ports.iperf=42005", "ports.other=43005"];
     let lost = long.ask_while("server added", |pair| pair.tell(&add));
-    long.few_broke("server added", lost, plain);
+    few_broke("server added", lost, plain);
     assert!(long.meet(80).contains_key(&5), "the new server is used");
 
     // Nobody tells the router at first.
@@ -265,7 +265,7 @@ fn long_connections_outlive_every_change_of_servers_and_balancers_side_by_side()
 
     let before = long.plain.len();
     let lost = long.ask_while("server drained", |pair| pair.tell(&["drain", "s1"]));
-    long.few_broke("server drained", lost, before);
+    few_broke("server drained", lost, before);
     assert!(!long.meet(80).contains_key(&1), "a drained server gets no new connections");
     long.redirected.retain(|(_, port)| *port != WEB_SERVICE + 1);
     assert_eq!(long.ask_while("it is removed", |pair| pair.tell(&["server", "remove", "s1"])), 0);

@@ -105,7 +105,9 @@ impl Installed {
         std::fs::write(&file, config::balancer(keys))
             .with_context(|| format!("writing {}", file.display()))?;
         let output = Command::new(&self.shunt).arg("check").arg(&file).output();
-        let output = output.with_context(|| format!("starting {}", self.shunt.display()))?;
+        let output = output.with_context(|| {
+            format!("starting {} (`cargo build --release --workspace` builds it)", self.shunt.display())
+        })?;
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         Ok((!output.status.success()).then_some(said))
     }

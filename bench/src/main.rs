@@ -53,20 +53,25 @@ fn main() -> ExitCode {
 
 fn perform(arguments: &Arguments) -> Result<Results> {
     let plan = arguments.plan();
-    let machine = machine::describe();
+    let load = machine::load();
+    let machine = machine::describe(load);
+    if let Some(folder) = &arguments.write {
+        std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    }
     let folder = tempfile::Builder::new().prefix("shunt-bench-").tempdir().context("making a folder")?;
     clean_up_when_told(folder.path())?;
     let installed = Installed::find(&plan.contestants, arguments.shunt.clone(), folder.path())?;
-    let results = run::run(&plan, &installed, folder.path())?;
+    let mut results = run::run(&plan, &installed, folder.path())?;
+    results.remarks.extend(machine::busy(load));
     let text = report::markdown::document(&results, &[machine, installed.versions()].concat());
-    if let Some(folder) = &arguments.write {
-        write(folder, &text, &report::chart::draw(&results))?;
-    }
     if arguments.json {
         eprintln!("{text}");
         println!("{}", report::json::object(&results));
     } else {
         println!("{text}");
+    }
+    if let Some(folder) = &arguments.write {
+        write(folder, &text, &report::chart::draw(&results))?;
     }
     Ok(results)
 }

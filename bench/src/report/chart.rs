@@ -14,7 +14,7 @@ const BARS: f64 = 300.0;
 const VALUES: f64 = 90.0;
 const ROW: f64 = 18.0;
 const BAR: f64 = 12.0;
-const HEAD: f64 = 34.0;
+const HEAD: f64 = 42.0;
 const MARGIN: f64 = 12.0;
 const COLUMNS: usize = 2;
 
