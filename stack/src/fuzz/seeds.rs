@@ -2,7 +2,10 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::wire::{DEFAULT_EXID, Packet, RedirectOption, Segment, SeqNumber, TcpFlags, icmp_message};
+use crate::wire::{
+    DEFAULT_EXID, Gso, GsoKind, Offload, Packet, RedirectOption, Segment, SeqNumber, TcpFlags, icmp_message,
+    write_vnet,
+};
 
 /// One file of `fuzz/corpus`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +31,13 @@ pub fn seeds() -> Vec<Seed> {
     });
     let routed: Vec<Seed> = routed.collect();
     all.extend(routed);
+    all.extend(packets().iter().filter(|(name, _)| name.starts_with("data")).flat_map(|(name, bytes)| {
+        [("super", true), ("partial", false)].map(|(kind, cut)| Seed {
+            target: "packet",
+            name: name.replace("data", kind),
+            bytes: behind_header(&bytes[HEADER.len()..], cut),
+        })
+    }));
     for v6 in [false, true] {
         let script = |target, (name, steps): (&str, Vec<u8>)| Seed {
             target,
@@ -105,6 +115,15 @@ fn options() -> Vec<(String, Vec<u8>)> {
     all
 }
 
+/// A segment as a TUN device gives it: the checksum left to others, and perhaps to be cut into pieces of 8 bytes.
+fn behind_header(bytes: &[u8], cut: bool) -> Vec<u8> {
+    let kind = if bytes[0] >> 4 == 4 { GsoKind::TcpV4 } else { GsoKind::TcpV6 };
+    let gso = cut.then_some(Gso { kind, size: 8, ecn: false });
+    let packet = super::draw::finish(bytes.to_vec(), Offload { partial_checksum: true, gso });
+    let packet = packet.expect("a seed parses");
+    [&[64], &HEADER[1..], &write_vnet(&packet), packet.bytes()].concat()
+}
+
 fn packets() -> Vec<(String, Vec<u8>)> {
     let mut all: Vec<(String, Vec<u8>)> = Vec::new();
     for (family, client, vip, router) in [
@@ -169,10 +188,7 @@ fn udp(client: SocketAddr, vip: SocketAddr) -> Vec<u8> {
     let template = icmp_message(client.ip(), vip.ip(), &message);
     let mut bytes = template.bytes().to_vec();
     bytes[if client.is_ipv4() { 9 } else { 6 }] = 17;
-    super::draw::finish(bytes, crate::wire::Offload::default())
-        .map(Packet::into_buffer)
-        .unwrap_or_default()
-        .to_vec()
+    super::draw::finish(bytes, Offload::default()).map(Packet::into_buffer).unwrap_or_default().to_vec()
 }
 
 /// The first and the last piece of a datagram, and one behind extension headers.
@@ -183,8 +199,7 @@ fn fragments(put: &mut impl FnMut(&str, &[u8]), datagram: &[u8]) {
             bytes[6..8].copy_from_slice(&field);
             put(
                 name,
-                &super::draw::finish(bytes, crate::wire::Offload::default())
-                    .map_or_else(Vec::new, |p| p.bytes().to_vec()),
+                &super::draw::finish(bytes, Offload::default()).map_or_else(Vec::new, |p| p.bytes().to_vec()),
             );
         }
         return;
