@@ -1,10 +1,11 @@
 //! Beside the kernel's TCP: one TUN device, policy routing, and the client's machine between.
 
 use std::collections::HashSet;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -29,6 +30,8 @@ use crate::shim::{Shim, is_passing};
 const SAVE_SHARE: u32 = 20;
 const SAVE_LEAST: Duration = Duration::from_millis(50);
 const SAVE_MOST: Duration = Duration::from_secs(1);
+/// The most packets handled at once while something else waits: what a device's queue holds.
+const MOST_AT_ONCE: usize = 4096;
 /// A time that does not come.
 const NEVER: Duration = Duration::from_hours(365 * 24);
 
@@ -100,7 +103,10 @@ impl Driver {
                 },
                 () = sleep_until(timer) => self.shim.on_timer(device).await,
                 () = sleep_until(save) => self.saver.save(&self.shim).await,
-                result = answer(&mut self.query) => self.on_sockets(result),
+                result = answer(&mut self.query) => {
+                    self.catch_up(device, &mut buffer).await;
+                    self.on_sockets(result);
+                }
                 _ = sockets.tick() => self.ask_for_sockets(),
                 _ = paths.tick() => {
                     if session.follow_paths().await {
@@ -141,6 +147,22 @@ impl Driver {
             true
         });
         self.query = Some((known, ask(self.shim.vips().clone())));
+    }
+
+    /// Handles what is in the device already. A socket that is gone may have left its reset there, which without its flow
+    /// would go to another server.
+    async fn catch_up(&mut self, device: &impl Device, buffer: &mut BytesMut) {
+        // What has come meanwhile is known after a turn of the event loop.
+        tokio::task::yield_now().await;
+        for _ in 0..MOST_AT_ONCE {
+            let received = {
+                let mut receiving = pin!(tokio::task::unconstrained(device.recv(buffer)));
+                poll_fn(|cx| Poll::Ready(receiving.as_mut().poll(cx))).await
+            };
+            // An error is told again.
+            let Poll::Ready(Ok(offload)) = received else { return };
+            self.shim.on_packet(device, buffer, offload).await;
+        }
     }
 
     fn on_sockets(&mut self, answer: Answer) {

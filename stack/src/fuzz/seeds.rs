@@ -31,13 +31,16 @@ pub fn seeds() -> Vec<Seed> {
     });
     let routed: Vec<Seed> = routed.collect();
     all.extend(routed);
-    all.extend(packets().iter().filter(|(name, _)| name.starts_with("data")).flat_map(|(name, bytes)| {
+    let data = all.iter().filter(|seed| seed.target == "packet" && seed.name.starts_with("data"));
+    let given = data.flat_map(|seed| {
         [("super", true), ("partial", false)].map(|(kind, cut)| Seed {
             target: "packet",
-            name: name.replace("data", kind),
-            bytes: behind_header(&bytes[HEADER.len()..], cut),
+            name: seed.name.replace("data", kind),
+            bytes: behind_header(&seed.bytes[HEADER.len()..], cut),
         })
-    }));
+    });
+    let given: Vec<Seed> = given.collect();
+    all.extend(given);
     for v6 in [false, true] {
         let script = |target, (name, steps): (&str, Vec<u8>)| Seed {
             target,
