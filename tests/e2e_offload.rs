@@ -67,7 +67,9 @@ fn transfers_are_whole_and_userspace_sees_handshakes_only() {
                 assert_eq!(done.redirected, redirecting, "{done:?}");
                 let after = packets(&net);
                 let (here, kernel) = (after.0 - before.0, after.1 - before.1);
-                println!("{family:?} {way:?} redirecting {redirecting}: {here} in userspace, {kernel} by the kernel");
+                println!(
+                    "{family:?} {way:?} redirecting {redirecting}: {here} in userspace, {kernel} by the kernel"
+                );
                 assert!(here <= 12, "{here} packets in userspace\n{}", net.logs());
                 // Super-packets hold at most 64 KiB (the host's links are virtual).
                 assert!(kernel >= 16 * MIB / 65_536, "{kernel} packets by the kernel");

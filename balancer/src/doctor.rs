@@ -7,6 +7,7 @@ use shunt_host::nft_available;
 
 use crate::config::Config;
 use crate::host::{Devices, LARGEST_MTU, ServerDevice, changes, device_name};
+use crate::offload::Offloadable;
 
 /// What running this configuration asks of the host. The kernel is asked whether it has nftables; nothing is changed.
 pub async fn needs(config: &Config) -> Needs {
@@ -24,13 +25,36 @@ pub async fn needs(config: &Config) -> Needs {
     } else {
         config.servers.iter().flat_map(|server| server.addresses.iter().copied()).collect()
     };
+    let nft = nft_available().await;
     Needs {
         options: config.host.clone(),
-        changes: changes(config, &devices, nft_available().await),
+        changes: changes(config, &devices, nft),
         interfaces: interfaces.into_iter().collect(),
         reach,
         own: Vec::new(),
         listening: Vec::new(),
         ports: config.admin_ports.clone(),
+        offload: offload(config, nft),
     }
+}
+
+/// Whether all that can be left to the kernel is; `None` if it is switched off.
+fn offload(config: &Config, nft: bool) -> Option<Result<(), String>> {
+    if !config.host.offload {
+        return None;
+    }
+    if !nft {
+        return Some(Err("it has no nftables".to_owned()));
+    }
+    Some(match Offloadable::new(config) {
+        Err(obstacle) => Err(obstacle.to_string()),
+        Ok(offloadable) => {
+            let names = config.services.iter().map(|service| service.name.as_str());
+            let services = names.zip(offloadable.services).filter_map(|(name, why)| Some((name, why?)));
+            let plain = offloadable.plain.map(|why| ("plain clients", why));
+            let not: Vec<String> =
+                services.chain(plain).map(|(what, why)| format!("{what}: {why}")).collect();
+            if not.is_empty() { Ok(()) } else { Err(not.join(", ")) }
+        }
+    })
 }

@@ -165,7 +165,11 @@ impl Plan {
         let mut plan = Plan {
             offload: Offload {
                 except_interface: None,
-                except_local_ports: if config.checks_health() { vec![config.check_ports] } else { Vec::new() },
+                except_local_ports: if config.checks_health() {
+                    vec![config.check_ports]
+                } else {
+                    Vec::new()
+                },
                 except_destinations: config.vips.iter().copied().collect(),
                 except_flags: opens | ends,
                 maps: maps.into(),
@@ -310,9 +314,8 @@ impl Plan {
 fn unowned(table: &Table, service: &Service) -> impl Iterator<Item = SocketAddr> {
     let tcp = service.vips.iter().filter(|vip| service.is_reached(**vip, Transport::Tcp));
     let port = service.redirect_port;
-    let owned = move |vip: IpAddr| {
-        table.vip(vip).is_some_and(|vip| vip.owner(Transport::Tcp, port).is_some())
-    };
+    let owned =
+        move |vip: IpAddr| table.vip(vip).is_some_and(|vip| vip.owner(Transport::Tcp, port).is_some());
     tcp.copied().filter(move |vip| !owned(*vip)).map(move |vip| SocketAddr::new(vip, port))
 }
 
@@ -377,11 +380,13 @@ impl Standing {
         };
         plan.offload.except_interface = Some(config.host.device.clone());
         self.links = links(config).await?;
-        let both = |plan: &Plan, links: &BTreeSet<String>| base.iter().cloned().chain(with(plan, links)).collect();
+        let both =
+            |plan: &Plan, links: &BTreeSet<String>| base.iter().cloned().chain(with(plan, links)).collect();
         let mut result = host.replace(both(&plan, &self.links)).await;
         if let Err(error) = &result
             && !plan.offload.spreads.is_empty()
         {
+            tracing::warn!(%error, "the kernel does not take the hash table: plain clients' packets go through userspace");
             plan.plain = Some(Obstacle::Kernel(error.to_string()));
             plan.offload.spreads.clear();
             result = host.replace(both(&plan, &self.links)).await;

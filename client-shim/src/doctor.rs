@@ -27,5 +27,6 @@ pub async fn needs(config: &Config) -> Result<Needs, Error> {
         own: Vec::new(),
         listening: Vec::new(),
         ports: Vec::new(),
+        offload: None,
     })
 }

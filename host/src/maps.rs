@@ -8,9 +8,12 @@ use nlink::Connection;
 use nlink::netlink::Nftables;
 use nlink::netlink::nftables::{
     BaseChain, Chain, CmpOp, Expr, Family as Table, FibFlags, FilterHook, HashKind, LookupExpr, MetaKey,
-    PacketField, PayloadBase, PayloadCsum, Priority, Register, Rule, Set, SetDataType, SetElement, SetKeyType, Transaction, Verdict,
+    PacketField, PayloadBase, PayloadCsum, Priority, Register, Rule, Set, SetDataType, SetElement,
+    SetKeyType, Transaction, Verdict,
 };
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::SndBufForce;
 use nlink::netlink::types::route::RouteType;
 use tokio::runtime::Handle;
 
@@ -31,6 +34,7 @@ pub(crate) async fn install(table: &str, offload: &Offload) -> Result<(), HostEr
     let nft = connect()?;
     let exists = exists(&nft, table).await?;
     let (table, offload, runtime) = (table.to_owned(), offload.clone(), Handle::current());
+    make_room(&nft, &offload);
     // Tens of thousands of elements take the kernel a while: nothing else of the daemon waits for it.
     let made = tokio::task::spawn_blocking(move || {
         let transaction = build(&nft, &table, exists, &offload)?;
@@ -38,6 +42,18 @@ pub(crate) async fn install(table: &str, offload: &Offload) -> Result<(), HostEr
         runtime.block_on(transaction.commit(&nft)).map_err(failed)
     });
     made.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+}
+
+/// Lets one batch be as large as it has to be. What is forbidden here shows when the batch is sent.
+fn make_room(nft: &Connection<Nftables>, offload: &Offload) {
+    // Of a key and a value with their headers, rounded up.
+    const ELEMENT: usize = 128;
+    let slots: usize = offload.spreads.iter().map(|spread| spread.slots.len() + spread.targets.len()).sum();
+    let entries: usize = offload.maps.iter().map(|map| map.entries.len()).sum();
+    let wanted = (slots + entries) * ELEMENT + (1 << 20);
+    if let Err(error) = setsockopt(nft.socket(), SndBufForce, &wanted) {
+        tracing::debug!(%error, wanted, "the netlink socket's buffer stays as it is");
+    }
 }
 
 /// What each entry has counted since the table was created; empty if it is gone.
@@ -68,11 +84,7 @@ pub(crate) async fn counts(table: &str, offload: &Offload) -> Result<BTreeMap<Co
     Ok(counts)
 }
 
-async fn elements(
-    nft: &Connection<Nftables>,
-    table: &str,
-    set: &str,
-) -> Result<Vec<SetElement>, HostError> {
+async fn elements(nft: &Connection<Nftables>, table: &str, set: &str) -> Result<Vec<SetElement>, HostError> {
     match nft.list_set_elements(table, set, Table::Inet).await {
         Ok(elements) => Ok(elements),
         Err(error) if absent(&error) => Ok(Vec::new()),

@@ -144,7 +144,9 @@ impl HostSettings {
         }
         if let Some(offload) = &self.offload {
             if role != Role::Balancer {
-                return Err(source.error_at(offload.span(), "only a balancer's packets can be left to the kernel"));
+                return Err(
+                    source.error_at(offload.span(), "only a balancer's packets can be left to the kernel")
+                );
             }
             options.offload = *offload.get_ref() == OffloadSetting::Auto;
         }

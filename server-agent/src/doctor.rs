@@ -31,5 +31,6 @@ pub async fn needs(config: &Config) -> Result<Needs, HostError> {
         own: config.addresses.clone(),
         listening,
         ports,
+        offload: None,
     })
 }

@@ -22,14 +22,21 @@ fn refused(text: &str) -> Obstacle {
 }
 
 /// Where the maps send a segment: the server's address, or the client's with the VIP as source.
-fn looked_up<'a>(maps: impl IntoIterator<Item = &'a PortMap>, end: End, packet: &Packet) -> Option<std::net::IpAddr> {
+fn looked_up<'a>(
+    maps: impl IntoIterator<Item = &'a PortMap>,
+    end: End,
+    packet: &Packet,
+) -> Option<std::net::IpAddr> {
     let key = if end == End::Source { packet.source_socket() } else { packet.destination_socket() }?;
     maps.into_iter().filter(|map| map.end == end).find_map(|map| map.entries.get(&key).copied())
 }
 
 #[test]
 fn what_maps_cannot_do_stays_in_userspace() {
-    assert_eq!(refused(&three_servers("forward = \"gue\"").replace("address", "tunnel")).to_string().get(..3), Some("not"));
+    assert_eq!(
+        refused(&three_servers("forward = \"gue\"").replace("address", "tunnel")).to_string().get(..3),
+        Some("not")
+    );
     assert_eq!(refused(&format!("{}\n[host]\noffload = \"off\"\n", three_servers(""))), Obstacle::Off);
     let of = |text: &str| Offloadable::new(&config(text)).unwrap();
     let plain = of(&three_servers(""));
@@ -62,7 +69,11 @@ fn a_limited_service_is_in_no_map_towards_servers() {
 
 #[test]
 fn b2_b5_maps_say_what_userspace_decides() {
-    for text in [three_servers(""), with_udp("", ""), three_servers("legacy = \"default-server\"\ndefault_server = \"web-2\"")] {
+    for text in [
+        three_servers(""),
+        with_udp("", ""),
+        three_servers("legacy = \"default-server\"\ndefault_server = \"web-2\""),
+    ] {
         let (balancer, offload) = (balancer(&text), offload(&text));
         for cast in casts() {
             for port in [443, 41_001, 41_002, 41_003, 41_004, 22] {
@@ -71,7 +82,10 @@ fn b2_b5_maps_say_what_userspace_decides() {
                 let hashed = offload.spreads.iter().any(|spread| spread.targets.contains(&cast.vip(port)));
                 match balancer.route(&there) {
                     Ok(Route::ToServer { server, .. }) if !hashed => {
-                        assert!(mapped.is_none_or(|address| address == cast.servers[server.index()]), "{port}");
+                        assert!(
+                            mapped.is_none_or(|address| address == cast.servers[server.index()]),
+                            "{port}"
+                        );
                         assert_eq!(mapped.is_some(), port == 443 || port > 41_000 && port < 41_004, "{port}");
                     }
                     _ => assert_eq!(mapped, None, "{port}"),

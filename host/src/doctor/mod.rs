@@ -35,6 +35,9 @@ pub struct Needs {
     pub listening: Vec<SocketAddr>,
     /// TCP ports that this host's firewall must let in.
     pub ports: Vec<u16>,
+    /// Whether its packets can be left to the kernel ([`Offload`](crate::Offload)), or why not; `None` if that was not
+    /// asked for.
+    pub offload: Option<Result<(), String>>,
 }
 
 /// How much a finding matters.
@@ -100,6 +103,18 @@ pub async fn examine_host() -> Vec<Finding> {
     findings
 }
 
+fn offload(needs: &Needs) -> Option<Finding> {
+    Some(match needs.offload.as_ref()? {
+        Ok(()) => Finding::good("offload", "established traffic is left to the kernel"),
+        Err(why) => Finding::new(
+            Severity::Note,
+            "offload",
+            format!("not all packets are left to the kernel: {why}"),
+            "nothing, unless userspace is too slow",
+        ),
+    })
+}
+
 /// What one role needs beside that. A question that the host does not answer is a finding of its own.
 pub async fn examine(needs: &Needs) -> Vec<Finding> {
     let mut findings = basics::families(needs);
@@ -110,5 +125,6 @@ pub async fn examine(needs: &Needs) -> Vec<Finding> {
     findings.extend(addresses::listening(needs).await);
     findings.extend(routing::policy(needs).await);
     findings.extend(firewall::examine(needs));
+    findings.extend(offload(needs));
     findings
 }

@@ -29,6 +29,7 @@ fn needs() -> Needs {
         own: vec![ip("203.0.113.10"), ip("2001:db8::10")],
         listening: vec![SocketAddr::new(ip("203.0.113.10"), 41001)],
         ports: vec![443, 41001],
+        offload: None,
     }
 }
 

@@ -185,14 +185,21 @@ fn a_spread_chooses_as_jhash_says() {
     in_namespace(async || {
         let mut lab = Lab::new().await;
         let slots: Arc<[u16]> = (0..SLOTS).map(|slot| (slot % 7) as u16).collect();
-        let spread = |[_, vip, ..]: [&str; 4]| Spread {
-            targets: vec![socket(vip, 80), socket(vip, 443)],
-            seed: 0x5eed_0001,
-            slots: Arc::clone(&slots),
-            addresses: (1..=7)
-                .map(|n| if vip.contains(':') { ip(&format!("fd00:3::{n}")) } else { ip(&format!("10.3.0.{n}")) })
-                .collect(),
-        };
+        let spread =
+            |[_, vip, ..]: [&str; 4]| Spread {
+                targets: vec![socket(vip, 80), socket(vip, 443)],
+                seed: 0x5eed_0001,
+                slots: Arc::clone(&slots),
+                addresses: (1..=7)
+                    .map(|n| {
+                        if vip.contains(':') {
+                            ip(&format!("fd00:3::{n}"))
+                        } else {
+                            ip(&format!("10.3.0.{n}"))
+                        }
+                    })
+                    .collect(),
+            };
         let spreads: Vec<Spread> = ENDS.into_iter().map(spread).collect();
         let offload = Offload { except_flags: SYN_FIN_RST, spreads: spreads.clone(), ..Offload::default() };
         let begun = Instant::now();
