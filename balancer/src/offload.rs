@@ -287,11 +287,17 @@ impl Plan {
         }
     }
 
-    /// Takes over what was counted before, where the maps are the same.
-    fn follow(&mut self, before: Option<&Plan>) {
-        let Some(before) = before.filter(|before| before.offload == self.offload) else { return };
+    /// Takes over what entries that are still the same have counted before; they count on.
+    fn follow(&mut self, before: &Plan) {
+        let value = |offload: &Offload, of: &Counted| match of {
+            Counted::Map(map, key) => offload.maps.get(*map)?.entries.get(key).copied(),
+            Counted::Spread(_, address) => Some(*address),
+        };
         for (of, entry) in &mut self.entries {
-            entry.seen = before.entries.get(of).map_or(Count::default(), |entry| entry.seen);
+            let Some(known) = before.entries.get(of) else { continue };
+            if value(&before.offload, of) == value(&self.offload, of) {
+                entry.seen = known.seen;
+            }
         }
     }
 
@@ -367,6 +373,7 @@ impl Standing {
         balancer: &Balancer,
     ) -> Result<(), HostError> {
         self.count(host).await;
+        let generation = host.offload_generation();
         let plan = match &self.never {
             Some(obstacle) => Err(obstacle.clone()),
             None => Plan::new(config, balancer),
@@ -398,7 +405,9 @@ impl Standing {
             (self.plan, self.obstacle) = (None, Some(Obstacle::Kernel(error.to_string())));
             return Ok(());
         }
-        plan.follow(self.plan.as_ref());
+        if let Some(before) = self.plan.as_ref().filter(|_| host.offload_generation() == generation) {
+            plan.follow(before);
+        }
         (self.plan, self.obstacle) = (Some(plan), None);
         Ok(())
     }

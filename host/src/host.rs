@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
@@ -13,7 +14,7 @@ use crate::kernel::{self, LinkState, Netlink};
 use crate::ledger::{self, Files};
 use crate::maps;
 use crate::nft;
-use crate::offload::{Count, Counted};
+use crate::offload::{Count, Counted, Offload};
 use crate::options::HostOptions;
 use crate::sysctl;
 
@@ -39,6 +40,7 @@ pub struct Host {
     files: Files,
     netlink: Netlink,
     applied: Vec<Entry>,
+    offload_generation: AtomicU64,
     closed: bool,
     _lock: Flock<File>,
 }
@@ -97,6 +99,7 @@ impl Host {
             files,
             netlink: kernel::connect()?,
             applied: Vec::new(),
+            offload_generation: AtomicU64::new(0),
             closed: false,
             _lock: lock,
         })
@@ -188,8 +191,12 @@ impl Host {
         ledger::store(&self.files.journal(), &planned)?;
         for entry in entries {
             if let Err(error) = self.apply_one(&entry).await {
-                // It may have been made in part. An address that could not be added is another's.
-                if !matches!(entry.change, Change::Address(_)) {
+                // It may have been made in part. An address that could not be added is another's, and maps are changed
+                // as a whole or not at all.
+                let standing = self.offload().is_some();
+                if !matches!(entry.change, Change::Address(_))
+                    && !(standing && matches!(entry.change, Change::Offload(_)))
+                {
                     self.applied.push(entry);
                 }
                 return Err(error);
@@ -224,7 +231,12 @@ impl Host {
                 None => Err(HostError::NoInterface(link.interface.clone())),
             },
             Change::Divert(divert) => nft::install(&self.table(), divert).await,
-            Change::Offload(offload) => maps::install(&self.maps_table(), offload).await,
+            Change::Offload(offload) => {
+                if !maps::install(&self.maps_table(), offload, self.offload()).await? {
+                    self.offload_generation.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(())
+            }
         }
     }
 
@@ -323,20 +335,30 @@ impl Host {
         }
     }
 
-    /// What each entry of the standing [`Offload`](crate::Offload) has counted since it was installed; nothing if none
-    /// stands.
+    /// What each entry of the standing [`Offload`] has counted since it was added; nothing if none stands. An entry that
+    /// stays the same when the maps are replaced counts on, unless they were made anew
+    /// ([`offload_generation`](Self::offload_generation)).
     ///
     /// # Errors
     /// The kernel does not say.
     pub async fn offload_counts(&self) -> Result<BTreeMap<Counted, Count>, HostError> {
-        let standing = self.changes().find_map(|change| match change {
-            Change::Offload(offload) => Some(offload),
-            _ => None,
-        });
-        match standing {
+        match self.offload() {
             Some(offload) => maps::counts(&self.maps_table(), offload).await,
             None => Ok(BTreeMap::new()),
         }
+    }
+
+    /// How often the maps have been made as a whole: then all entries count from 0.
+    pub fn offload_generation(&self) -> u64 {
+        self.offload_generation.load(Ordering::Relaxed)
+    }
+
+    /// The maps that stand.
+    fn offload(&self) -> Option<&Offload> {
+        self.changes().find_map(|change| match change {
+            Change::Offload(offload) => Some(offload),
+            _ => None,
+        })
     }
 
     /// The name of our nftables table.

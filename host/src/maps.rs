@@ -1,7 +1,7 @@
 //! Turns an [`Offload`] into one nftables table of stateless maps, created and replaced in one batch, and reads its
 //! counters.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use nlink::Connection;
@@ -29,19 +29,49 @@ const NFPROTO_IPV6: u8 = 10;
 const KEY: Register = Register::R0;
 const RESULT: Register = Register::R2;
 
-/// Creates the table, or replaces it, atomically.
-pub(crate) async fn install(table: &str, offload: &Offload) -> Result<(), HostError> {
+/// Creates the table, or turns it into what it has to be, atomically. `old` is what stands if the table is ours: where
+/// the rules stay the same, entries that do keep their counters. Says whether they did.
+pub(crate) async fn install(
+    table: &str,
+    offload: &Offload,
+    old: Option<&Offload>,
+) -> Result<bool, HostError> {
     let nft = connect()?;
     let exists = exists(&nft, table).await?;
+    let old = old.filter(|old| exists && shape(old) == shape(offload)).cloned();
     let (table, offload, runtime) = (table.to_owned(), offload.clone(), Handle::current());
     make_room(&nft, &offload);
     // Tens of thousands of elements take the kernel a while: nothing else of the daemon waits for it.
     let made = tokio::task::spawn_blocking(move || {
-        let transaction = build(&nft, &table, exists, &offload)?;
+        let new = Build::new(&table, &offload);
+        if let Some(old) = old {
+            let difference = new.difference(nft.transaction(), &Build::new(&table, &old));
+            match runtime.block_on(difference.commit(&nft)) {
+                Ok(()) => return Ok(true),
+                // Somebody else has changed our table.
+                Err(error) => {
+                    tracing::debug!(%error, table, "the maps cannot be changed: they are made anew")
+                }
+            }
+        }
         let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
-        runtime.block_on(transaction.commit(&nft)).map_err(failed)
+        let transaction = new.whole(nft.transaction(), exists).map_err(failed)?;
+        runtime.block_on(transaction.commit(&nft)).map_err(failed)?;
+        Ok(false)
     });
     made.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+}
+
+/// What the rules depend on.
+fn shape(offload: &Offload) -> impl PartialEq {
+    let both = |has: &dyn Fn(Family) -> bool| Family::BOTH.map(has);
+    let maps: Vec<_> =
+        offload.maps.iter().map(|map| (map.end, map.transport, both(&|family| holds(map, family)))).collect();
+    let spreads: Vec<_> =
+        offload.spreads.iter().map(|spread| (family_of(spread), spread.seed, spread.slots.len())).collect();
+    let except = both(&|family| offload.except_destinations.iter().any(|to| Family::of(*to) == family));
+    let (interface, ports) = (offload.except_interface.clone(), offload.except_local_ports.clone());
+    (maps, spreads, except, interface, ports, offload.except_flags)
 }
 
 /// Lets one batch be as large as it has to be. What is forbidden here shows when the batch is sent.
@@ -56,7 +86,7 @@ fn make_room(nft: &Connection<Nftables>, offload: &Offload) {
     }
 }
 
-/// What each entry has counted since the table was created; empty if it is gone.
+/// What each entry has counted since it was added; empty if the table is gone.
 pub(crate) async fn counts(table: &str, offload: &Offload) -> Result<BTreeMap<Counted, Count>, HostError> {
     let nft = connect()?;
     let mut counts = BTreeMap::new();
@@ -112,81 +142,115 @@ fn family_of(spread: &Spread) -> Family {
     spread.addresses.first().map_or(Family::V4, |address| Family::of(*address))
 }
 
-fn build(
-    nft: &Connection<Nftables>,
-    table: &str,
-    exists: bool,
-    offload: &Offload,
-) -> Result<Transaction, HostError> {
-    let mut build = Build { table, sets: Vec::new(), rules: Vec::new() };
-    if let Some(interface) = &offload.except_interface {
-        build.rules.push(build.rule().match_iif(interface).accept());
-    }
-    for ports in &offload.except_local_ports {
-        for transport in [Transport::Tcp, Transport::Udp] {
-            let rule = build.rule().match_l4proto(transport.number());
-            let rule = rule.match_range(destination_port(transport), ports.first(), ports.last());
-            build.rules.push(rule.match_fib_type(FibFlags::DADDR, RouteType::Local).accept());
-        }
-    }
-    for family in Family::BOTH {
-        let of_family = offload.except_destinations.iter().filter(|address| Family::of(**address) == family);
-        let except: Vec<SetElement> = of_family.map(|address| element_of(*address)).collect();
-        let except = build.excepted(family, except);
-        for (index, map) in offload.maps.iter().enumerate().filter(|(_, map)| holds(map, family)) {
-            let except = except.as_deref().filter(|_| map.end == End::Source);
-            build.map(index, map, family, offload.except_flags, except);
-        }
-    }
-    for (index, spread) in offload.spreads.iter().enumerate() {
-        build.spread(index, spread, offload.except_flags);
-    }
-    let chain = Chain::new(table, CHAIN)
-        .map_err(|error| HostError::netlink(format!("name the nftables table {table}"), error))?
-        .family(Table::Inet)
-        .base(BaseChain::filter(FilterHook::Prerouting, Priority::Raw));
-    let mut transaction = nft.transaction();
-    if exists {
-        transaction = transaction.del_table(table, Table::Inet);
-    }
-    transaction = transaction.add_table(table, Table::Inet);
-    for (set, elements) in build.sets {
-        transaction = transaction.add_set(set.clone());
-        for chunk in elements.chunks(ELEMENTS_PER_MESSAGE) {
-            transaction = transaction.add_set_elements(&set, chunk);
-        }
-    }
-    Ok(build.rules.into_iter().fold(transaction.add_chain(chain), Transaction::add_rule))
+/// The key of an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Key {
+    Slot(u32),
+    Address(IpAddr),
+    Socket(SocketAddr),
 }
 
-/// A batch in the making.
+impl Key {
+    fn element(self) -> SetElement {
+        match self {
+            // Any number in the machine's byte order.
+            Key::Slot(slot) => SetElement::mark(slot),
+            Key::Address(address) => element_of(address),
+            Key::Socket(socket) => {
+                SetElement::concat([element_of(socket.ip()), SetElement::port(socket.port())])
+            }
+        }
+    }
+}
+
+/// A set or map, and what is in it.
+struct Contents {
+    set: Set,
+    entries: BTreeMap<Key, Option<IpAddr>>,
+}
+
+/// The table in the making.
 struct Build<'a> {
     table: &'a str,
-    sets: Vec<(Set, Vec<SetElement>)>,
+    sets: Vec<Contents>,
     rules: Vec<Rule>,
 }
 
-impl Build<'_> {
+impl<'a> Build<'a> {
+    fn new(table: &'a str, offload: &Offload) -> Self {
+        let mut build = Build { table, sets: Vec::new(), rules: Vec::new() };
+        if let Some(interface) = &offload.except_interface {
+            build.rules.push(build.rule().match_iif(interface).accept());
+        }
+        for ports in &offload.except_local_ports {
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let rule = build.rule().match_l4proto(transport.number());
+                let rule = rule.match_range(destination_port(transport), ports.first(), ports.last());
+                build.rules.push(rule.match_fib_type(FibFlags::DADDR, RouteType::Local).accept());
+            }
+        }
+        for family in Family::BOTH {
+            let except = build.excepted(family, &offload.except_destinations);
+            for (index, map) in offload.maps.iter().enumerate().filter(|(_, map)| holds(map, family)) {
+                let except = except.as_deref().filter(|_| map.end == End::Source);
+                build.map(index, map, family, offload.except_flags, except);
+            }
+        }
+        for (index, spread) in offload.spreads.iter().enumerate() {
+            build.spread(index, spread, offload.except_flags);
+        }
+        build
+    }
+
+    /// A new table in place of an old one.
+    fn whole(self, mut transaction: Transaction, exists: bool) -> nlink::Result<Transaction> {
+        let base = BaseChain::filter(FilterHook::Prerouting, Priority::Raw);
+        let chain = Chain::new(self.table, CHAIN)?.family(Table::Inet).base(base);
+        if exists {
+            transaction = transaction.del_table(self.table, Table::Inet);
+        }
+        transaction = transaction.add_table(self.table, Table::Inet);
+        for Contents { set, entries } in &self.sets {
+            transaction = added(transaction.add_set(set.clone()), set, entries.iter());
+        }
+        Ok(self.rules.into_iter().fold(transaction.add_chain(chain), Transaction::add_rule))
+    }
+
+    /// What makes this out of a table of the same shape.
+    fn difference(&self, mut transaction: Transaction, old: &Build<'_>) -> Transaction {
+        for (Contents { set, entries }, old) in self.sets.iter().zip(&old.sets) {
+            let gone = old.entries.iter().filter(|(key, to)| entries.get(key) != Some(to));
+            let gone: Vec<SetElement> = gone.map(|(key, _)| key.element()).collect();
+            for chunk in gone.chunks(ELEMENTS_PER_MESSAGE) {
+                transaction = transaction.del_set_elements(set, chunk);
+            }
+            let new = entries.iter().filter(|(key, to)| old.entries.get(key) != Some(to));
+            transaction = added(transaction, set, new);
+        }
+        transaction
+    }
+
     fn rule(&self) -> Rule {
         Rule::new(self.table, CHAIN).family(Table::Inet)
     }
 
-    fn named(&self, name: &str, key: SetKeyType, size: usize) -> Set {
-        // A set with a size has a fixed hash, the fastest there is.
-        let size = u32::try_from(size).unwrap_or(u32::MAX);
-        Set::new(self.table, name).family(Table::Inet).key_type(key).size(size)
+    fn named(&self, name: &str, key: SetKeyType) -> Set {
+        Set::new(self.table, name).family(Table::Inet).key_type(key)
     }
 
-    /// A set of addresses, if there are any.
-    fn excepted(&mut self, family: Family, elements: Vec<SetElement>) -> Option<String> {
+    /// A set of a family's addresses, if there are any.
+    fn excepted(&mut self, family: Family, addresses: &BTreeSet<IpAddr>) -> Option<String> {
         let name = match family {
             Family::V4 => "except_4",
             Family::V6 => "except_6",
         };
-        if elements.is_empty() {
+        let of_family = addresses.iter().filter(|address| Family::of(**address) == family);
+        let entries: BTreeMap<_, _> = of_family.map(|address| (Key::Address(*address), None)).collect();
+        if entries.is_empty() {
             return None;
         }
-        self.sets.push((self.named(name, address_type(family), elements.len()), elements));
+        let set = self.named(name, address_type(family));
+        self.sets.push(Contents { set, entries });
         Some(name.to_owned())
     }
 
@@ -202,11 +266,10 @@ impl Build<'_> {
         let of_family = |(key, _): &(&SocketAddr, &IpAddr)| Family::of(key.ip()) == family;
         let same = |(key, to): &(&SocketAddr, &IpAddr)| key.is_ipv4() == to.is_ipv4();
         let entries = map.entries.iter().filter(of_family).filter(same);
-        let elements: Vec<SetElement> =
-            entries.map(|(key, to)| key_of(*key).value(element_of(*to))).collect();
+        let entries = entries.map(|(key, to)| (Key::Socket(*key), Some(*to))).collect();
         let key = SetKeyType::Concat(vec![address_type(family), SetKeyType::InetService]);
-        let set = self.named(&name, key, elements.len()).map(SetDataType::Value(address_type(family)));
-        self.sets.push((set.counter(), elements));
+        let set = self.named(&name, key).map(SetDataType::Value(address_type(family)));
+        self.sets.push(Contents { set: set.counter(), entries });
         let (offset, len) = place(End::Destination, family);
         let not_to = except_to.map(|set| {
             [payload(PayloadBase::Network, offset, len, KEY), LookupExpr::new(set, KEY).invert().into()]
@@ -226,19 +289,22 @@ impl Build<'_> {
     fn spread(&mut self, index: usize, spread: &Spread, except: u8) {
         let family = family_of(spread);
         let [targets, slots, counts] = spread_names(index);
-        let keys: Vec<SetElement> = spread.targets.iter().map(|target| key_of(*target)).collect();
         let key = SetKeyType::Concat(vec![address_type(family), SetKeyType::InetService]);
-        self.sets.push((self.named(&targets, key, keys.len()), keys));
+        let entries = spread.targets.iter().map(|target| (Key::Socket(*target), None)).collect();
+        self.sets.push(Contents { set: self.named(&targets, key), entries });
         let address = |index: &u16| spread.addresses.get(usize::from(*index)).copied();
-        let elements: Vec<SetElement> = (0..)
+        let entries = (0..)
             .zip(spread.slots.iter())
-            .filter_map(|(slot, index)| Some(SetElement::mark(slot).value(element_of(address(index)?))))
+            .filter_map(|(slot, index)| Some((Key::Slot(slot), Some(address(index)?))))
             .collect();
-        let set = self.named(&slots, SetKeyType::Mark, elements.len());
-        self.sets.push((set.map(SetDataType::Value(address_type(family))), elements));
-        let counted: Vec<SetElement> = spread.addresses.iter().map(|address| element_of(*address)).collect();
-        self.sets.push((self.named(&counts, address_type(family), counted.len()).counter(), counted));
+        // A set with a size has a fixed hash, the fastest there is.
+        let size = u32::try_from(spread.slots.len()).unwrap_or(u32::MAX);
+        let set = self.named(&slots, SetKeyType::Mark).size(size);
+        self.sets.push(Contents { set: set.map(SetDataType::Value(address_type(family))), entries });
+        let entries = spread.addresses.iter().map(|address| (Key::Address(*address), None)).collect();
+        self.sets.push(Contents { set: self.named(&counts, address_type(family)).counter(), entries });
         let modulus = u32::try_from(spread.slots.len()).unwrap_or(u32::MAX);
+        let (offset, len) = place(End::Destination, family);
         let hash = Expr::Hash {
             dreg: RESULT,
             kind: HashKind::Jenkins,
@@ -257,14 +323,32 @@ impl Build<'_> {
             .chain([
                 hash,
                 LookupExpr::new(&slots, RESULT).dreg(RESULT).into(),
-                LookupExpr::new(&counts, RESULT).into(),
                 write(End::Destination, family, RESULT),
+                // Read again: the program `nft` cannot show a set that a map's result is looked up in.
+                payload(PayloadBase::Network, offset, len, KEY),
+                LookupExpr::new(&counts, KEY).into(),
             ])
         {
             rule = rule.expr(expr);
         }
         self.rules.push(rule.notrack().expr(Expr::Verdict(Verdict::Accept)));
     }
+}
+
+/// A batch that adds entries to a set.
+fn added<'e>(
+    transaction: Transaction,
+    set: &Set,
+    entries: impl Iterator<Item = (&'e Key, &'e Option<IpAddr>)>,
+) -> Transaction {
+    let element = |(key, to): (&Key, &Option<IpAddr>)| match to {
+        Some(to) => key.element().value(element_of(*to)),
+        None => key.element(),
+    };
+    let elements: Vec<SetElement> = entries.map(element).collect();
+    elements
+        .chunks(ELEMENTS_PER_MESSAGE)
+        .fold(transaction, |transaction, chunk| transaction.add_set_elements(set, chunk))
 }
 
 /// Only whole packets of a protocol, of IPv6 those without extension headers; of TCP those without any flag of `except`.
@@ -376,10 +460,6 @@ fn element_of(address: IpAddr) -> SetElement {
     }
 }
 
-fn key_of(socket: SocketAddr) -> SetElement {
-    SetElement::concat([element_of(socket.ip()), SetElement::port(socket.port())])
-}
-
 /// The address that a key begins with.
 fn address(key: &[u8], family: Family) -> Option<IpAddr> {
     match family {
@@ -388,7 +468,7 @@ fn address(key: &[u8], family: Family) -> Option<IpAddr> {
     }
 }
 
-/// What [`key_of`] has made.
+/// What a [`Key::Socket`] was.
 fn socket(key: &[u8], family: Family) -> Option<SocketAddr> {
     let port = key.get(place(End::Source, family).1 as usize..)?.first_chunk::<2>()?;
     Some(SocketAddr::new(address(key, family)?, u16::from_be_bytes(*port)))

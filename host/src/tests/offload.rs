@@ -154,6 +154,50 @@ fn maps_rewrite_whole_packets_and_leave_the_rest() {
 }
 
 #[test]
+fn entries_that_stay_count_on_when_others_change() {
+    in_namespace(async || {
+        let mut lab = Lab::new().await;
+        let [client, vip, server, other] = ENDS[0];
+        let slots =
+            |last: u16| -> Arc<[u16]> { (0..1024).map(|slot| if slot < 1000 { 0 } else { last }).collect() };
+        let with = |second: &str, last: u16| Offload {
+            maps: vec![map(End::Destination, &[(vip, 41_001, server), (vip, 41_002, second)])],
+            spreads: vec![Spread {
+                targets: vec![socket(vip, 80)],
+                seed: 1,
+                slots: slots(last),
+                addresses: vec![ip(server), ip(other)],
+            }],
+            ..both_ways()
+        };
+        let send = |lab: &Lab, port| ends(&lab.passes(&segment(client, vip, (50_000, port), ACK, &[]))).1;
+        let counted = async |lab: &Lab, port| lab.counts().await[&Counted::Map(0, socket(vip, port))].packets;
+        lab.install(&with(server, 0)).await;
+        let generation = lab.host.offload_generation();
+        assert_eq!((send(&lab, 41_001), send(&lab, 41_002)), (ip(server), ip(server)));
+        lab.install(&with(other, 1)).await;
+        assert_eq!(lab.host.offload_generation(), generation, "changed, not made anew");
+        assert_eq!((send(&lab, 41_001), send(&lab, 41_002)), (ip(server), ip(other)));
+        assert_eq!((counted(&lab, 41_001).await, counted(&lab, 41_002).await), (2, 1));
+        let listed = run("nft", "list map inet shunt_balancer_maps slots0");
+        assert_eq!(listed.matches(other).count(), 24, "{listed}");
+        // One entry less, and one more.
+        let mut next = with(other, 1);
+        next.maps = vec![map(End::Destination, &[(vip, 41_001, server), (vip, 41_003, other)])];
+        lab.install(&next).await;
+        let untouched = segment(client, vip, (50_000, 41_002), ACK, &[]);
+        assert_eq!(ends(&lab.passes(&untouched)), ends(&untouched));
+        assert_eq!(send(&lab, 41_003), ip(other));
+        assert_eq!(counted(&lab, 41_001).await, 2);
+        // Somebody else's hand in it: made anew.
+        run("nft", "flush map inet shunt_balancer_maps ports0_4");
+        lab.install(&with(other, 0)).await;
+        assert_eq!((send(&lab, 41_001), send(&lab, 41_002)), (ip(server), ip(other)));
+        assert!(lab.host.offload_generation() > generation);
+    });
+}
+
+#[test]
 fn a_killed_predecessors_maps_forward_until_they_are_replaced() {
     in_namespace(async || {
         let mut lab = Lab::new().await;
