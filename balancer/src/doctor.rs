@@ -1,9 +1,11 @@
 //! What a balancer needs of its host, for [`shunt_host::doctor`].
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use shunt_host::doctor::Needs;
 use shunt_host::nft_available;
+use shunt_host::offload::End;
 
 use crate::config::Config;
 use crate::host::{Devices, LARGEST_MTU, ServerDevice, changes, device_name};
@@ -35,6 +37,7 @@ pub async fn needs(config: &Config) -> Needs {
         listening: Vec::new(),
         ports: config.admin_ports.clone(),
         offload: offload(config, nft),
+        forwards: if nft { forwards(config) } else { BTreeSet::new() },
     }
 }
 
@@ -57,4 +60,14 @@ fn offload(config: &Config, nft: bool) -> Option<Result<(), String>> {
             if not.is_empty() { Ok(()) } else { Err(not.join(", ")) }
         }
     })
+}
+
+/// What passes the host's firewall without a device of ours.
+fn forwards(config: &Config) -> BTreeSet<(End, IpAddr)> {
+    if Offloadable::new(config).is_err() {
+        return BTreeSet::new();
+    }
+    let servers = config.servers.iter().flat_map(|server| &server.addresses);
+    let there = servers.map(|address| (End::Destination, *address));
+    there.chain(config.vips.iter().map(|vip| (End::Source, *vip))).collect()
 }

@@ -1,5 +1,7 @@
 //! What a client needs of its host, for [`shunt_host::doctor`].
 
+use std::collections::BTreeSet;
+
 use shunt_host::doctor::Needs;
 
 use crate::config::Config;
@@ -28,5 +30,6 @@ pub async fn needs(config: &Config) -> Result<Needs, Error> {
         listening: Vec::new(),
         ports: Vec::new(),
         offload: None,
+        forwards: BTreeSet::new(),
     })
 }

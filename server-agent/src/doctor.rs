@@ -1,5 +1,7 @@
 //! What an agent needs of its host, for [`shunt_host::doctor`].
 
+use std::collections::BTreeSet;
+
 use shunt_host::HostError;
 use shunt_host::doctor::Needs;
 
@@ -32,5 +34,6 @@ pub async fn needs(config: &Config) -> Result<Needs, HostError> {
         listening,
         ports,
         offload: None,
+        forwards: BTreeSet::new(),
     })
 }

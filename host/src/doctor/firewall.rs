@@ -156,17 +156,38 @@ impl Ruleset {
         for (place, chain) in self.at("forward").filter(|(_, chain)| chain.drops()) {
             let unnamed =
                 devices.iter().filter(|device| !self.table_of(place).any(|rule| names(rule, device)));
+            let (family, table, name) = place;
+            let at = format!("{family} {table} {name}");
+            let (mut missing, mut mend) = (Vec::new(), Vec::new());
             for device in unnamed {
-                let (family, table, name) = place;
-                let at = format!("{family} {table} {name}");
+                missing.push((*device).to_owned());
+                mend.extend(
+                    ["iifname", "oifname"].map(|end| format!("nft insert rule {at} {end} {device} accept")),
+                );
+            }
+            // The kernel forwards these by itself.
+            for (end, address) in &needs.forwards {
+                let text = address.to_string();
+                let of = if address.is_ipv4() { "ip" } else { "ip6" };
+                if (family != "inet" && family != of) || self.table_of(place).any(|rule| names(rule, &text)) {
+                    continue;
+                }
+                let field = match end {
+                    End::Source => "saddr",
+                    End::Destination => "daddr",
+                };
+                missing.push(text);
+                mend.push(format!("nft insert rule {at} {of} {field} {address} accept"));
+            }
+            if !missing.is_empty() {
+                let missing = missing.join(", ");
                 findings.push(Finding::new(
                     if chain.accepts_some() { Severity::Warning } else { Severity::Error },
                     "firewall",
-                    format!("the chain `{at}` drops what it does not know, and no rule there names {device}"),
                     format!(
-                        "`nft insert rule {at} iifname {device} accept; nft insert rule {at} oifname {device} accept`, \
-                         in the firewall's own files to make it last"
+                        "the chain `{at}` drops what it does not know, and no rule there names {missing}"
                     ),
+                    format!("`{}`, in the firewall's own files to make it last", mend.join("; ")),
                 ));
             }
         }

@@ -10,12 +10,14 @@ mod routing;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
 use crate::change::Change;
+use crate::offload::End;
 use crate::options::HostOptions;
 
 /// What a role needs of its host.
@@ -38,6 +40,8 @@ pub struct Needs {
     /// Whether its packets can be left to the kernel ([`Offload`](crate::Offload)), or why not; `None` if that was not
     /// asked for.
     pub offload: Option<Result<(), String>>,
+    /// What the kernel forwards then without passing a device of ours: packets from, or to, these addresses.
+    pub forwards: BTreeSet<(End, IpAddr)>,
 }
 
 /// How much a finding matters.

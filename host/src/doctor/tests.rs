@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 
@@ -30,6 +31,7 @@ fn needs() -> Needs {
         listening: vec![SocketAddr::new(ip("203.0.113.10"), 41001)],
         ports: vec![443, 41001],
         offload: None,
+        forwards: BTreeSet::new(),
     }
 }
 
