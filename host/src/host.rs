@@ -193,10 +193,12 @@ impl Host {
             if let Err(error) = self.apply_one(&entry).await {
                 // It may have been made in part. An address that could not be added is another's, and maps are changed
                 // as a whole or not at all.
-                let standing = self.offload().is_some();
-                if !matches!(entry.change, Change::Address(_))
-                    && !(standing && matches!(entry.change, Change::Offload(_)))
-                {
+                let not_made = match &entry.change {
+                    Change::Address(_) => true,
+                    Change::Offload(_) => self.offload().is_some(),
+                    _ => false,
+                };
+                if !not_made {
                     self.applied.push(entry);
                 }
                 return Err(error);

@@ -50,7 +50,7 @@ pub(crate) async fn install(
                 Ok(()) => return Ok(true),
                 // Somebody else has changed our table.
                 Err(error) => {
-                    tracing::debug!(%error, table, "the maps cannot be changed: they are made anew")
+                    tracing::debug!(%error, table, "the maps cannot be changed: they are made anew");
                 }
             }
         }

@@ -11,6 +11,7 @@ use nlink::netlink::nftables::{
 
 use crate::divert::{Divert, PacketKind, PacketMatch, QuotedMatch, SegmentMatch, TcpConnection};
 use crate::error::{HostError, absent};
+use crate::offload::End;
 use crate::prefix::{Family, PortRange, Prefix, Transport};
 
 const FRAGMENT_HEADER: u8 = 44;
@@ -94,13 +95,6 @@ struct Build<'a> {
     transaction: Transaction,
     sets: Vec<(Set, Vec<SetElement>)>,
     rules: Vec<Rule>,
-}
-
-/// Which end of a packet an address or a port is.
-#[derive(Clone, Copy)]
-enum End {
-    Source,
-    Destination,
 }
 
 impl End {

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::{Finding, Needs, Severity};
 use crate::change::Change;
+use crate::offload::End;
 
 /// Our own tables' names begin so.
 const OWN_TABLES: &str = "shunt_";
