@@ -28,5 +28,5 @@ if [ "${#packages[@]}" -gt 0 ]; then
   fi
 fi
 
-cargo build --release --locked --workspace --quiet >&2
+cargo build --release --locked --workspace --bin shunt --bin shunt-bench --quiet >&2
 exec target/release/shunt-bench "$@"
