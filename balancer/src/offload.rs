@@ -6,6 +6,10 @@
 //! ICMP, fragments and everything that no map knows. Where connections are counted ([`Config`]'s `statistics`), FINs and
 //! resets come, too.
 //!
+//! The maps follow the table: reloads, requests and health change what differs, in one step. They end with the daemon; a
+//! killed one leaves them, with the sysctls they need, and established traffic goes on until the next one changes them
+//! into its own.
+//!
 //! What the configuration asks for and maps cannot do stays in userspace as a whole: [`Offloadable`] says what and why.
 //! The kernel's counters are read every second and added to the balancer's own, so that statistics, `least-packets` and
 //! the wait for a drained server are right.
