@@ -260,7 +260,7 @@ mod tests {
             ("super_packets = 1", "invalid type"),
             ("mask = 1", "unknown field"),
             ("offload = \"auto\"", "only a balancer"),
-            ("offload = true", "invalid type"),
+            ("offload = true", "wanted string"),
         ] {
             let error = options(&format!("[host]\n{line}\n")).unwrap_err();
             assert_eq!(error.line(), Some(2), "{error}");

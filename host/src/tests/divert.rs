@@ -85,7 +85,7 @@ pub(super) fn received(device: &Iface, within: Duration) -> Option<Vec<u8>> {
     while Instant::now() < deadline {
         match device.recv(&mut buffer) {
             Ok(length) => {
-                let icmp6 = buffer[0] >> 4 == 6 && matches!(buffer[40], 133..=136 | 143);
+                let icmp6 = buffer[0] >> 4 == 6 && buffer[6] == 58 && matches!(buffer[40], 133..=136 | 143);
                 let options = buffer[0] >> 4 == 6 && buffer[6] == 0;
                 if !icmp6 && !options {
                     return Some(buffer[..length].to_vec());
