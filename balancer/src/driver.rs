@@ -3,27 +3,24 @@
 //! Nothing is decided here. One task carries packets, the other adapts the host; they share an `Active`, swapped as
 //! a whole. The other does one thing at a time: a signal, a request, changes of health.
 
-#[cfg(test)]
-mod allocations;
+mod carry;
 
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
-use bytes::BytesMut;
 use shunt_host::control::{ControlError, Server};
 use shunt_host::sandbox::{self, SandboxError};
 use shunt_host::{Change, DEFAULT_STATE_DIR, Host, HostError, Role, nft_available};
 use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice, TunOptions};
-use shunt_stack::wire::{Offload, Packet, ParseError};
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
+use self::carry::{Active, carry};
 use crate::config::{Config, ForwardMode};
 use crate::connections::Connections;
 use crate::connectors::{Connectors, without_the_missing};
@@ -31,7 +28,7 @@ use crate::health::{Monitor, Transition};
 use crate::host::{Devices, ServerDevice, changes, confinement, device_name, main_mtu};
 use crate::offload::Standing;
 use crate::tunnel::{Hops, Tunnels, look};
-use crate::{Balancer, DropReason, LoadError, Memory, Output, Route, SelectKey, Snapshot, Unfit};
+use crate::{Balancer, LoadError, SelectKey, Snapshot, Unfit};
 
 /// How often counters are logged, at level debug.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -39,8 +36,6 @@ const LOG_INTERVAL: Duration = Duration::from_secs(10);
 const ROUTES_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the counters of what the kernel forwards by itself are read.
 const COUNTS_INTERVAL: Duration = Duration::from_secs(1);
-/// The most packets for which the time is told once.
-const BATCH: u32 = 64;
 /// The host session's name.
 const SESSION: &str = "balancer";
 
@@ -196,16 +191,6 @@ struct Places {
     recorded: bool,
 }
 
-/// What packets are forwarded by: replaced as a whole.
-struct Active<D> {
-    main: Arc<D>,
-    balancer: Arc<Balancer>,
-    /// Statistics only: no decision knows of them.
-    connections: Option<Connections>,
-    /// In `direct` and `datalink` mode one a server, else none.
-    outputs: Vec<Arc<D>>,
-}
-
 async fn serve<D: Device + 'static>(
     config: Config,
     places: Places,
@@ -240,130 +225,6 @@ async fn serve<D: Device + 'static>(
     };
     let closed = daemon.stop().await;
     result.and(closed)
-}
-
-/// Reads, decides, writes. The time is told at the begin of each batch: packets that were there without waiting.
-async fn carry<D: Device>(
-    main: &D,
-    mut receiver: watch::Receiver<Arc<Active<D>>>,
-    clock: Clock,
-) -> io::Error {
-    let mut active = Arc::clone(&receiver.borrow_and_update());
-    let mut memory = Memory::new(&active.balancer);
-    let mut buffer = BytesMut::new();
-    let mut left = 0;
-    loop {
-        let (waited, received) = next(main, &mut buffer, &mut receiver).await;
-        // Also when no packet comes: devices of servers that have gone are open until they are let go here.
-        if received.is_none() || receiver.has_changed().unwrap_or(false) {
-            let next = Arc::clone(&receiver.borrow_and_update());
-            memory.follow(&active.balancer, &next.balancer);
-            active = next;
-            left = 0;
-        }
-        let offload = match received {
-            Some(Ok(offload)) => offload,
-            Some(Err(error)) => return error,
-            None => continue,
-        };
-        if waited || left == 0 {
-            active.balancer.advance(clock.now());
-            active.balancer.set_clock(clock.wall());
-            left = BATCH;
-        }
-        left -= 1;
-        buffer = active.forward(main, buffer, offload, &mut memory).await;
-    }
-}
-
-/// Whether it had to be waited for, and the next packet; none if what decides has been replaced first.
-async fn next<D: Device, T>(
-    main: &D,
-    buffer: &mut BytesMut,
-    receiver: &mut watch::Receiver<T>,
-) -> (bool, Option<io::Result<Offload>>) {
-    let mut receiving = std::pin::pin!(main.recv(buffer));
-    match std::future::poll_fn(|cx| Poll::Ready(receiving.as_mut().poll(cx))).await {
-        Poll::Ready(result) => (false, Some(result)),
-        Poll::Pending => tokio::select! {
-            result = receiving => (true, Some(result)),
-            Ok(()) = receiver.changed() => (true, None),
-        },
-    }
-}
-
-/// What was decided about a packet, and what came of it.
-type Decided = (Result<Route, DropReason>, Result<Output, DropReason>);
-
-impl<D: Device> Active<D> {
-    /// Takes a server's load now.
-    fn set_load(&self, clock: Clock, server: &str, load: f32) -> Result<(), LoadError> {
-        self.balancer.advance(clock.now());
-        self.balancer.set_load(server, load)
-    }
-
-    /// All counters now.
-    fn snapshot(&self, clock: Clock) -> Snapshot {
-        self.balancer.advance(clock.now());
-        let mut snapshot = self.balancer.snapshot();
-        let connections = self.connections.as_ref();
-        snapshot.connections = connections.map(|connections| connections.snapshot(self.balancer.now()));
-        let devices = self.outputs.iter().chain([&self.main]);
-        snapshot.segmented = devices.map(Device::segmented).sum();
-        snapshot
-    }
-
-    /// Forwards one packet; gives the buffer back.
-    async fn forward(&self, main: &D, buffer: BytesMut, offload: Offload, memory: &mut Memory) -> BytesMut {
-        let (packet, (route, result)) = match Packet::parse(buffer, offload) {
-            Ok(mut packet) => {
-                let route = self.balancer.decide(memory, self.balancer.now(), &packet);
-                if let (Some(connections), Ok(route)) = (&self.connections, route) {
-                    connections.observe(route, &packet, self.balancer.now());
-                }
-                let result = self.balancer.carry_out(route, &mut packet);
-                (packet, (route, result))
-            }
-            Err(rejected) => match self.unreadable(rejected.buffer, rejected.error) {
-                Ok(done) => done,
-                Err((buffer, error)) => {
-                    main.dropped(|| format!("dropped: {error}"));
-                    return buffer;
-                }
-            },
-        };
-        let why = || self.balancer.explain(route, result).to_string();
-        let sent = match result {
-            Ok(Output::Main) => main.send_because(&packet, why).await,
-            Ok(Output::Server(server)) => match self.outputs.get(server.index()) {
-                Some(device) => device.send_because(&packet, why).await,
-                None => Ok(()),
-            },
-            Err(_) => {
-                main.dropped(why);
-                Ok(())
-            }
-        };
-        if sent.is_err() {
-            self.balancer.stats.device_error();
-        }
-        packet.into_buffer()
-    }
-
-    /// `B4` for what cannot be parsed.
-    fn unreadable(&self, buffer: BytesMut, error: ParseError) -> Result<(Packet, Decided), (BytesMut, ParseError)> {
-        match Packet::parse_opaque(buffer) {
-            Ok(mut packet) => {
-                let route = self.balancer.route_unreadable(&packet, error);
-                let result = self.balancer.carry_out(route, &mut packet);
-                Ok((packet, (route, result)))
-            }
-            Err(rejected) => {
-                self.balancer.stats.dropped(DropReason::Parse(rejected.error));
-                Err((rejected.buffer, rejected.error))
-            }
-        }
-    }
 }
 
 /// What stands on the host and how it follows the file.

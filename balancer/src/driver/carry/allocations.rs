@@ -7,6 +7,7 @@ use shunt_host::Source;
 use shunt_stack::wire::{Gso, GsoKind, Segment, SeqNumber, TcpFlags};
 
 use super::*;
+use crate::{Config, SelectKey};
 
 /// Gives packets in turn until so many are given.
 struct Mill {
