@@ -138,7 +138,11 @@ impl<D: Device> Active<D> {
     }
 
     /// `B4` for what cannot be parsed.
-    fn unreadable(&self, buffer: BytesMut, error: ParseError) -> Result<(Packet, Decided), (BytesMut, ParseError)> {
+    fn unreadable(
+        &self,
+        buffer: BytesMut,
+        error: ParseError,
+    ) -> Result<(Packet, Decided), (BytesMut, ParseError)> {
         match Packet::parse_opaque(buffer) {
             Ok(mut packet) => {
                 let route = self.balancer.route_unreadable(&packet, error);

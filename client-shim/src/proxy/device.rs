@@ -91,7 +91,8 @@ impl<D: Device> Device for Filtered<D> {
                 }
             };
             let ours = self.is_for_us(&packet);
-            if !ours && let Err(error) = self.device.send_because(&packet, || "not the proxy's".to_owned()).await
+            if !ours
+                && let Err(error) = self.device.send_because(&packet, || "not the proxy's".to_owned()).await
             {
                 tracing::debug!(%error, "the device did not take a packet back");
             }
