@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::ctl::ctl;
-use common::{Family, IPERF, Net, Options, TestFile, Transfer, Way};
+use common::{Family, IPERF, Net, Options, TestFile, Transfer, Way, kernel_counter};
 use serde_json::Value;
 use shunt_lab::Via;
 
@@ -200,12 +200,12 @@ fn transfers_go_on_while_a_killed_balancer_is_away() {
     let mut balancer = net.balancer_process.take().expect("it runs");
     balancer.kill().expect("it can be killed");
     assert!(ruleset(&net).contains("shunt_balancer_maps"));
+    let heard = || kernel_counter(&net.client, "TcpInSegs");
+    let before = heard();
     thread::sleep(Duration::from_secs(3));
-    let open = |net: &Net| {
-        let sockets = net.client.tcp_sockets().expect("sockets can be listed");
-        sockets.iter().filter(|socket| socket.state == shunt_lab::TcpState::Established).count()
-    };
-    assert_eq!(open(&net), running.len(), "none has ended or broken");
+    // Some may have come to their end meanwhile: curl's limit lets the first megabytes through at once.
+    let segments = heard() - before;
+    assert!(segments > 300, "{segments} segments while nobody was there\n{}", net.logs());
     net.start_balancer();
     for transfer in running {
         let done = net.finish(transfer);

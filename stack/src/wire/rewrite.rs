@@ -2,6 +2,7 @@
 //! (virtio) follow addresses and length only.
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 
 use super::checksum::Sum;
 use super::icmp::Quoted;
@@ -219,19 +220,23 @@ impl Packet {
         }
     }
 
-    /// Removes the TCP fast-open option (kind 34), replacing it by no-operations (`C1`).
+    /// Removes TCP fast-open options (kind 34), however many, replacing them by no-operations (`C1`).
     pub fn blank_fast_open(&mut self) {
-        let Some(tcp) = self.tcp() else { return };
+        while let Some(range) = self.find_fast_open() {
+            self.overwrite_options(range.start, &[1; tcp::MAX_LEN][..range.len()]);
+        }
+    }
+
+    /// Where the first fast-open option stands among the options.
+    fn find_fast_open(&self) -> Option<Range<usize>> {
+        let tcp = self.tcp()?;
         let mut options = tcp.options();
-        let range = loop {
+        loop {
             let at = options.offset();
-            match options.next() {
-                Some(Ok(TcpOption::FastOpen(_))) => break at..options.offset(),
-                Some(Ok(_)) => {}
-                _ => return,
+            if let TcpOption::FastOpen(_) = options.next()?.ok()? {
+                return Some(at..options.offset());
             }
-        };
-        self.overwrite_options(range.start, &[1; tcp::MAX_LEN][..range.len()]);
+        }
     }
 
     /// Overwrites bytes of the options at `at`, keeping the checksum.
