@@ -23,7 +23,7 @@ const KILLS: u32 = 100;
 /// addresses.
 fn traces(host: &Host) -> String {
     let script = "ip -o link | sed 's/^[0-9]*: //'; ip rule; ip -6 rule; ip route show table all; \
-                  ip -6 route show table all; nft list ruleset";
+                  ip -6 route show table all; nft --terse list ruleset";
     let output = host.run_within(Command::new("sh").args(["-c", script]), PATIENCE).expect("ip and nft");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     // Lines that count twice are to be seen in a difference.
