@@ -265,15 +265,17 @@ mod tests {
                           "checks": [{ "service": "web", "address": "10.0.0.11:41001", "state": "unhealthy",
                                        "seconds": 3, "failure": "HTTP status 503" }],
                           "counters": { "selected": 5, "plain": 0, "packets": 70, "packets_back": 60 } }],
+            "offload": { "in_force": false, "why_not": "a capture records every packet" },
         }));
         let lines: Vec<&str> = shown.lines().collect();
         assert_eq!(lines[0], "balancer of 203.0.113.10: forward network, legacy hash, default server -");
-        assert_eq!(lines[2].split_whitespace().next(), Some("SERVICE"));
-        let words: Vec<&str> = lines[6].split_whitespace().collect();
+        assert_eq!(lines[1], "kernel offload: none: a capture records every packet");
+        assert_eq!(lines[3].split_whitespace().next(), Some("SERVICE"));
+        let words: Vec<&str> = lines[7].split_whitespace().collect();
         let wanted =
             ["web-1", "up", "unhealthy", "1", "10.0.0.11", "fd00::11", "web=41001", "5", "0", "70", "60"];
         assert_eq!(words, wanted);
-        assert_eq!(lines[8], "web-1 web 10.0.0.11:41001: unhealthy for 3 s: HTTP status 503");
+        assert_eq!(lines[9], "web-1 web 10.0.0.11:41001: unhealthy for 3 s: HTTP status 503");
     }
 
     #[test]
