@@ -229,7 +229,7 @@ fn very_short(case: &Case, service: &Service) {
     assert_eq!(service.accepted() - before, 600, "{}", case.name);
 }
 
-/// Connects from a port of the program's choice.
+/// Connects from a port of the program's choice: none that the kernel may have given to another connection before.
 fn connect_from(family: Family, port: u16) -> io::Result<TcpStream> {
     let (domain, own): (_, IpAddr) = match family {
         Family::V4 => (Domain::IPV4, Ipv4Addr::UNSPECIFIED.into()),
@@ -259,7 +259,7 @@ fn port_reuse(case: &Case, service: &Service) {
     service.serve(answer_and_close);
     case.both("20 connects from one port, closed by the server", |family| {
         for _ in 0..20 {
-            let mut stream = connect_from(family, 50_001)?;
+            let mut stream = connect_from(family, 30_001)?;
             stream.write_all(b"?")?;
             read_card(&mut stream)?;
             assert_eq!(stream.read(&mut [0])?, 0);
@@ -276,7 +276,7 @@ fn port_reuse(case: &Case, service: &Service) {
     service.serve(swallow);
     case.both("20 connects from one port, reset by the client", |family| {
         for _ in 0..20 {
-            let mut stream = connect_from(family, 50_002)?;
+            let mut stream = connect_from(family, 30_002)?;
             stream.write_all(b"?")?;
             socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
         }
@@ -287,7 +287,7 @@ fn port_reuse(case: &Case, service: &Service) {
     service.serve(echo);
     case.both("connects from one port in TIME-WAIT", |family| {
         for _ in 0..3 {
-            let mut stream = connect_from(family, 50_003)?;
+            let mut stream = connect_from(family, 30_003)?;
             stream.write_all(b"?")?;
             read_card(&mut stream)?;
             transfer(&mut stream, 1000)?;
