@@ -7,9 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::ctl::ctl;
-use common::{Family, IPERF, Net, Options, TestFile, Transfer, Way, kernel_counter};
+use common::{Family, Net, Options, TestFile, Transfer, Way, kernel_counter};
 use serde_json::Value;
-use shunt_lab::Via;
 
 const MIB: u64 = 1 << 20;
 
@@ -214,40 +213,4 @@ fn transfers_go_on_while_a_killed_balancer_is_away() {
     }
     net.stop_balancer_and_count();
     assert_eq!(ruleset(&net), "");
-}
-
-/// Gigabits a second of one stream to an address and port, from the client.
-fn gigabits(net: &Net, address: &str, port: u16) -> f64 {
-    let mut command = std::process::Command::new("iperf3");
-    command.args(["-c", address, "-p", &port.to_string(), "-t", "3", "-J"]);
-    let output = net.client.run_within(&mut command, Duration::from_secs(20)).expect("iperf3 is installed");
-    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
-    rate.unwrap_or_else(|| panic!("{report}\n{}", net.logs())) / 1e9
-}
-
-#[test]
-#[ignore = "a measurement: run it alone, with --no-capture"]
-fn figures_of_one_stream() {
-    let mut net = net(1);
-    net.start_iperf();
-    net.middle.route("10.3.0.0/24", Via::gateway("10.2.0.2")).expect("a route");
-    let server = net.servers[0].addresses()[0].clone();
-    let (on, off) = (usual(&net), off(&usual(&net)));
-    let mut all: [Vec<f64>; 3] = Default::default();
-    for _ in 0..3 {
-        // With a balancer the server's answers from this port would be the VIP's.
-        net.stop_balancer_and_count();
-        all[0].push(gigabits(&net, &server, IPERF));
-        for (text, rates) in [on.as_str(), &off].into_iter().zip(&mut all[1..]) {
-            net.start_balancer_with(text);
-            rates.push(gigabits(&net, Family::V4.vip(), IPERF));
-            net.stop_balancer_and_count();
-        }
-        net.start_balancer();
-    }
-    for (what, mut rates) in ["plain kernel forwarding", "offload on", "offload off"].into_iter().zip(all) {
-        rates.sort_by(f64::total_cmp);
-        println!("{what}: {:.1} Gbit/s (of {rates:.1?})", rates[1]);
-    }
 }
