@@ -17,29 +17,15 @@ use shunt_stack::wire::{DEFAULT_EXID, Packet, RedirectOption, Segment, TcpFlags}
 const SYN: TcpFlags = TcpFlags::SYN;
 const ACK: TcpFlags = TcpFlags::ACK;
 
-/// What tshark says of the frames that a filter lets through: a line each, of the fields, with tabs between.
+/// What tshark, with our dissector, says of the frames that a filter lets through; all values of a field.
 fn tshark(file: &Path, filter: &str, fields: &[&str]) -> Vec<Vec<String>> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("captures/redirect.lua");
-    let mut command = Command::new("tshark");
-    command.arg("-X").arg(format!("lua_script:{}", script.display()));
-    command.arg("-r").arg(file).args([
-        "-Y",
-        filter,
-        "-T",
-        "fields",
-        "-E",
-        "occurrence=a",
-        "-E",
-        "aggregator=;",
-    ]);
-    for field in fields {
-        command.args(["-e", field]);
-    }
-    let output = command.output().expect("this test needs tshark (Debian: apt install tshark)");
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && !errors.contains("Lua"), "{errors}");
-    let text = String::from_utf8(output.stdout).expect("tshark writes UTF-8");
-    text.lines().map(|line| line.split('\t').map(str::to_owned).collect()).collect()
+    let script = format!("lua_script:{}", script.display());
+    common::tshark::tshark(
+        file,
+        &["-X", &script, "-Y", filter, "-E", "occurrence=a", "-E", "aggregator=;"],
+        fields,
+    )
 }
 
 fn write(file: &Path, packets: &[Packet]) {

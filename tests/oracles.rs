@@ -1,6 +1,8 @@
 //! What others read in our packets and in packets of others' making: tshark beside our own parser, scapy's packets through
 //! our machines.
 
+mod common;
+
 use std::fs::File;
 use std::net::IpAddr;
 use std::path::Path;
@@ -80,8 +82,6 @@ impl Seen {
 
 /// A line a frame.
 fn tshark(file: &Path) -> Vec<Seen> {
-    let mut command = Command::new("tshark");
-    command.arg("-n").arg("-r").arg(file).args(["-T", "fields", "-E", "occurrence=f"]);
     let settings = [
         "ip.check_checksum:TRUE",
         "tcp.check_checksum:TRUE",
@@ -91,16 +91,9 @@ fn tshark(file: &Path) -> Vec<Seen> {
         "tcp.analyze_sequence_numbers:FALSE",
         "tcp.desegment_tcp_streams:FALSE",
     ];
-    for setting in settings {
-        command.args(["-o", setting]);
-    }
-    for field in FIELDS {
-        command.args(["-e", field]);
-    }
-    let output = command.output().expect("this test needs tshark (Debian: apt install tshark)");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8(output.stdout).expect("tshark writes UTF-8");
-    text.lines().map(|line| Seen(line.split('\t').map(str::to_owned).collect())).collect()
+    let mut arguments = vec!["-n", "-E", "occurrence=f"];
+    arguments.extend(settings.iter().flat_map(|setting| ["-o", setting]));
+    common::tshark::tshark(file, &arguments, &FIELDS).into_iter().map(Seen).collect()
 }
 
 fn records(file: &Path) -> Vec<Record> {

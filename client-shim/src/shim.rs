@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use bytes::BytesMut;
 use serde::Serialize;
-use shunt_stack::device::{Clock, Device};
+use shunt_stack::device::{Clock, Device, not_passed_on};
 use shunt_stack::redirect::{Action, Client, ClientConfig, ClientEvent};
 use shunt_stack::time::Instant;
 use shunt_stack::wire::{Offload, Packet, Protocol};
@@ -110,7 +110,7 @@ impl Shim {
             Err(rejected) => {
                 self.counters.malformed += 1;
                 tracing::debug!(error = %rejected.error, "dropped what is no packet");
-                device.dropped(|| format!("not passed on: {}", rejected.error));
+                device.dropped(|| not_passed_on(&rejected.error.to_string()));
                 *buffer = rejected.buffer;
                 return;
             }
@@ -128,7 +128,7 @@ impl Shim {
         if action == Action::Pass {
             self.send(device, &packet, &why).await;
         } else {
-            device.dropped(|| not_passed(&why));
+            device.dropped(|| not_passed_on(&why));
         }
         *buffer = packet.into_buffer();
         self.drain(device, now, &why).await;
@@ -165,11 +165,6 @@ impl Shim {
             tracing::debug!(%error, "the device did not take a packet");
         }
     }
-}
-
-/// What a capture says of a packet that ends here.
-fn not_passed(why: &str) -> String {
-    format!("not passed on{}{why}", if why.is_empty() { "" } else { ": " })
 }
 
 /// Whether a device that gave this error may still give packets.

@@ -38,7 +38,7 @@ pub enum Change {
     Link(Link),
     /// Creates, or replaces as a whole, our nftables table.
     Divert(Divert),
-    /// Creates, or replaces as a whole, our nftables table of maps.
+    /// Creates our nftables table of maps, or turns it into what it has to be in one step.
     Offload(Offload),
 }
 

@@ -13,7 +13,7 @@ use bytes::BytesMut;
 use serde::Serialize;
 use shunt_host::sandbox::{self, Confined, Policy};
 use shunt_host::{Host, query};
-use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice, TunOptions};
+use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice, TunOptions, not_passed_on};
 use shunt_stack::redirect::{Action, Server, ServerConfig, ServerCounters, ServerEvent};
 use shunt_stack::wire::Packet;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -249,7 +249,7 @@ impl Agent<'_> {
                         Err(rejected) => {
                             self.stats.malformed += 1;
                             tracing::trace!(error = %rejected.error, "a packet that cannot be read");
-                            device.dropped(|| format!("not passed on: {}", rejected.error));
+                            device.dropped(|| not_passed_on(&rejected.error.to_string()));
                             buffer = rejected.buffer;
                         }
                     }
@@ -280,7 +280,7 @@ impl Agent<'_> {
         if action == Action::Pass {
             self.send(device, &packet, &why).await;
         } else {
-            device.dropped(|| format!("not passed on{}{why}", if why.is_empty() { "" } else { ": " }));
+            device.dropped(|| not_passed_on(&why));
         }
         self.flush(device, &why).await;
         packet.into_buffer()

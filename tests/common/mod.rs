@@ -17,6 +17,7 @@ mod programs;
 pub mod service;
 pub mod tape;
 mod traffic;
+pub mod tshark;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};

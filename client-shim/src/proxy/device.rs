@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use shunt_host::{PortRange, Prefix};
-use shunt_stack::device::Device;
+use shunt_stack::device::{Device, not_passed_on};
 use shunt_stack::wire::{Offload, Packet, Protocol};
 use tokio::sync::mpsc;
 
@@ -85,7 +85,7 @@ impl<D: Device> Device for Filtered<D> {
             let packet = match Packet::parse(std::mem::take(buffer), offload) {
                 Ok(packet) => packet,
                 Err(rejected) => {
-                    self.device.dropped(|| format!("not passed on: {}", rejected.error));
+                    self.device.dropped(|| not_passed_on(&rejected.error.to_string()));
                     *buffer = rejected.buffer;
                     continue;
                 }

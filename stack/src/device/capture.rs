@@ -120,6 +120,11 @@ impl Capture {
     }
 }
 
+/// What a capture says of a packet that ends at a machine; `why` may be empty.
+pub fn not_passed_on(why: &str) -> String {
+    format!("not passed on{}{why}", if why.is_empty() { "" } else { ": " })
+}
+
 /// A packet received and not yet recorded: what is decided about it may still be told.
 struct Held {
     packet: Box<[u8]>,

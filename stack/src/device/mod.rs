@@ -22,7 +22,7 @@ use std::sync::Arc;
 use bytes::BytesMut;
 
 pub use self::any::{AnyDevice, DeviceKind};
-pub use self::capture::{Capture, Captured, Direction};
+pub use self::capture::{Capture, Captured, Direction, not_passed_on};
 pub use self::memory::MemoryDevice;
 #[cfg(feature = "plain-tun")]
 pub use self::plain::PlainTun;

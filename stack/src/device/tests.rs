@@ -26,6 +26,15 @@ async fn received(device: &impl Device) -> Packet {
     Packet::parse(buffer, offload).unwrap()
 }
 
+/// Makes a datagram from port 5000 to port 6000 the answer to itself.
+fn turn_back(packet: &mut Packet) {
+    let (source, destination) = (packet.source(), packet.destination());
+    packet.set_source(destination);
+    packet.set_destination(source);
+    packet.set_source_port(6000);
+    packet.set_destination_port(5000);
+}
+
 #[tokio::test]
 async fn a_memory_link_carries_packets_both_ways_in_order() {
     let (left, right) = MemoryDevice::pair(1500, 8);
@@ -237,11 +246,7 @@ async fn exchanges_packets_with_the_kernel(device: impl Device) {
         };
         assert_eq!((packet.len(), packet.checksum_ok()), (28 + length, true));
         let mut answer = packet;
-        let (source, destination) = (answer.source(), answer.destination());
-        answer.set_source(destination);
-        answer.set_destination(source);
-        answer.set_source_port(6000);
-        answer.set_destination_port(5000);
+        turn_back(&mut answer);
         device.send(&answer).await.unwrap();
         let mut buffer = vec![0; 65536];
         assert_eq!(socket.recv_from(&mut buffer).unwrap().0, length);
@@ -278,11 +283,7 @@ async fn carries_what_one_write_made(super_packets: bool) {
     assert_eq!(packets.len(), if super_packets { 1 } else { 50 });
     for packet in &mut packets {
         assert!(packet.checksum_ok());
-        let (source, destination) = (packet.source(), packet.destination());
-        packet.set_source(destination);
-        packet.set_destination(source);
-        packet.set_source_port(6000);
-        packet.set_destination_port(5000);
+        turn_back(packet);
     }
     // Cut by ourselves it is the same to the kernel.
     for cut_here in [false, true] {
@@ -325,11 +326,7 @@ fn what_the_kernel_does_not_take_in_one_piece_is_cut_and_counted() {
         };
         let refusal = io::Error::from_raw_os_error(nix::libc::EINVAL);
         let mut answer = packet;
-        let (source, destination) = (answer.source(), answer.destination());
-        answer.set_source(destination);
-        answer.set_destination(source);
-        answer.set_source_port(6000);
-        answer.set_destination_port(5000);
+        turn_back(&mut answer);
         let cut_at = |size: u16| {
             let gso = Some(Gso { kind: GsoKind::Udp, size, ecn: false });
             Packet::parse(BytesMut::from(answer.bytes()), Offload { partial_checksum: true, gso }).unwrap()
