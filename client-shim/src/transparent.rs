@@ -12,7 +12,7 @@ use bytes::BytesMut;
 use shunt_host::HostError;
 use shunt_host::query::TcpSockets;
 use shunt_stack::device::Device;
-use shunt_stack::redirect::FlowRecord;
+use shunt_stack::redirect::{FlowRecord, Mark};
 use siphasher::sip::SipHasher13;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -62,8 +62,8 @@ pub(crate) async fn drive<D: Device>(
 struct Driver {
     shim: Shim,
     saver: Saver,
-    /// Connections the machine knew when the kernel was asked for its sockets, and the question.
-    query: Option<(HashSet<(SocketAddr, SocketAddr)>, SocketQuery)>,
+    /// When the kernel was asked for its sockets, and the question.
+    query: Option<(Mark, SocketQuery)>,
 }
 
 impl Driver {
@@ -140,13 +140,7 @@ impl Driver {
         if self.query.is_some() || self.shim.client().flow_count() == 0 {
             return;
         }
-        // Only flows that are there now may be freed by the answer: a later one's socket may be missing in it.
-        let mut known = HashSet::new();
-        self.shim.client_mut().retain(|local, vip| {
-            known.insert((local, vip));
-            true
-        });
-        self.query = Some((known, ask(self.shim.vips().clone())));
+        self.query = Some((self.shim.client().mark(), ask(self.shim.vips().clone())));
     }
 
     /// Handles what is in the device already. A socket that is gone may have left its reset there, which without its flow
@@ -167,16 +161,15 @@ impl Driver {
 
     fn on_sockets(&mut self, answer: Answer) {
         match answer {
-            Ok((known, sockets)) => {
-                self.free(|local, vip| !known.contains(&(local, vip)) || sockets.contains(local, vip));
-            }
+            Ok((asked, sockets)) => self.free(asked, |local, vip| sockets.contains(local, vip)),
             Err(error) => tracing::warn!(%error, "ended connections cannot be freed"),
         }
     }
 
-    fn free(&mut self, alive: impl FnMut(SocketAddr, SocketAddr) -> bool) {
+    /// Frees what has no socket and was there at `asked`.
+    fn free(&mut self, asked: Mark, alive: impl FnMut(SocketAddr, SocketAddr) -> bool) {
         let before = self.shim.client().flow_count();
-        self.shim.client_mut().retain(alive);
+        self.shim.client_mut().retain_since(asked, alive);
         let freed = before - self.shim.client().flow_count();
         if freed > 0 {
             tracing::debug!(freed, left = before - freed, "connections have ended");
@@ -185,8 +178,9 @@ impl Driver {
     }
 
     async fn free_ended(&mut self, session: &Session) {
+        let asked = self.shim.client().mark();
         match ask(session.config().vips().collect()).await {
-            Ok(sockets) => self.free(|local, vip| sockets.contains(local, vip)),
+            Ok(sockets) => self.free(asked, |local, vip| sockets.contains(local, vip)),
             Err(error) => tracing::warn!(%error, "ended connections cannot be freed"),
         }
     }
@@ -237,14 +231,14 @@ fn ask(vips: HashSet<IpAddr>) -> SocketQuery {
     Box::pin(async move { TcpSockets::connected_to(&vips).await })
 }
 
-type Answer = Result<(HashSet<(SocketAddr, SocketAddr)>, TcpSockets), HostError>;
+type Answer = Result<(Mark, TcpSockets), HostError>;
 
 /// Waits for the kernel's answer, for ever if nothing was asked.
-async fn answer(query: &mut Option<(HashSet<(SocketAddr, SocketAddr)>, SocketQuery)>) -> Answer {
-    let Some((_, question)) = query else { return std::future::pending().await };
-    let result = question.await;
-    let known = query.take().map(|(known, _)| known).unwrap_or_default();
-    result.map(|sockets| (known, sockets))
+async fn answer(query: &mut Option<(Mark, SocketQuery)>) -> Answer {
+    let Some((asked, question)) = query else { return std::future::pending().await };
+    let (asked, result) = (*asked, question.await);
+    *query = None;
+    result.map(|sockets| (asked, sockets))
 }
 
 /// Saves flows when they have changed.

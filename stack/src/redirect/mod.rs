@@ -14,7 +14,7 @@ mod token;
 mod words;
 
 pub use client::{
-    Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, OnRedirect, PathId,
+    Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, Mark, OnRedirect, PathId,
     PathState, PlainReason, Prefix, RebindError, VipConfig,
 };
 pub use guard::{Gauge, LOAD_CALM, Require, TokenPolicy, TokenRefusal};

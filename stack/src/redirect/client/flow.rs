@@ -24,9 +24,26 @@ impl FlowKey {
     }
 }
 
+/// A point in the order in which flows begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark(u64);
+
+impl Mark {
+    pub(super) const FIRST: Mark = Mark(0);
+    pub(super) const LAST: Mark = Mark(u64::MAX);
+
+    /// This point, and the next one from now on.
+    pub(super) fn take(&mut self) -> Mark {
+        let taken = *self;
+        self.0 += 1;
+        taken
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Flow {
     pub(super) key: FlowKey,
+    pub(super) born: Mark,
     pub(super) state: State,
     pub(super) timer: Option<Instant>,
     /// The service port under which the network knows this flow.
@@ -36,8 +53,8 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    pub(super) fn new(key: FlowKey, state: State) -> Flow {
-        Flow { key, state, timer: None, service: None, live: None }
+    pub(super) fn new(key: FlowKey, born: Mark, state: State) -> Flow {
+        Flow { key, born, state, timer: None, service: None, live: None }
     }
 }
 

@@ -101,7 +101,7 @@ impl Client {
         attempt.handover = handover;
         attempt.forced = continuation == Continuation::Handover;
         let state = State::Attempt(Box::new(attempt));
-        self.flows.insert(key, Flow::new(key, state));
+        self.flows.insert(key, Flow::new(key, self.next.take(), state));
         Action::Pass
     }
 
@@ -123,7 +123,7 @@ impl Client {
         attempt.token = coming.token;
         attempt.visited.push(coming.from);
         self.counters.moves_opened += 1;
-        self.flows.insert(key, Flow::new(key, State::Attempt(Box::new(attempt))));
+        self.flows.insert(key, Flow::new(key, self.next.take(), State::Attempt(Box::new(attempt))));
         Action::Pass
     }
 

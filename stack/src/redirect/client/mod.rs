@@ -28,6 +28,7 @@ pub use self::config::{
     ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, OnRedirect, PlainReason, Prefix,
     RebindError, VipConfig,
 };
+pub use self::flow::Mark;
 pub use self::path::{PathId, PathState};
 
 /// Events kept for a driver that does not fetch them.
@@ -40,6 +41,8 @@ pub struct Client {
     vips: HashMap<IpAddr, VipConfig>,
     paths: Paths,
     flows: HashMap<FlowKey, Flow>,
+    /// Of the flow that begins next.
+    next: Mark,
     /// (local, VIP:Y) -> flow: what the network calls the connection.
     services: HashMap<(SocketAddr, SocketAddr), FlowKey>,
     /// Connects that open the next part of a connection that moves (§4).
@@ -59,6 +62,7 @@ impl Client {
             vips,
             paths: Paths::default(),
             flows: HashMap::new(),
+            next: Mark::FIRST,
             services: HashMap::new(),
             moves: HashMap::new(),
             timers: BTreeSet::new(),
@@ -290,9 +294,20 @@ impl Client {
     }
 
     /// Frees the flows whose socket (local, VIP:X) is gone, TIME-WAIT included (`C12`).
-    pub fn retain(&mut self, mut alive: impl FnMut(SocketAddr, SocketAddr) -> bool) {
-        let gone: Vec<FlowKey> =
-            self.flows.keys().filter(|key| !alive(key.local, key.vip)).copied().collect();
+    pub fn retain(&mut self, alive: impl FnMut(SocketAddr, SocketAddr) -> bool) {
+        self.retain_since(Mark::LAST, alive);
+    }
+
+    /// Where the next flow begins, for [`retain_since`](Self::retain_since).
+    pub fn mark(&self) -> Mark {
+        self.next
+    }
+
+    /// As [`retain`](Self::retain) with an answer to a question asked at `mark`: it may not know the sockets of flows
+    /// that began later, even where an older flow had the same ends.
+    pub fn retain_since(&mut self, mark: Mark, mut alive: impl FnMut(SocketAddr, SocketAddr) -> bool) {
+        let asked = self.flows.values().filter(|flow| flow.born < mark).map(|flow| flow.key);
+        let gone: Vec<FlowKey> = asked.filter(|key| !alive(key.local, key.vip)).collect();
         for key in gone {
             self.remove(key);
         }
@@ -361,7 +376,10 @@ impl Client {
             return false;
         }
         let state = State::Redirected { service_port: record.service_port, irs: SeqNumber(record.irs) };
-        self.flows.insert(key, Flow { service: Some(record.service_port), ..Flow::new(key, state) });
+        self.flows.insert(
+            key,
+            Flow { service: Some(record.service_port), ..Flow::new(key, self.next.take(), state) },
+        );
         self.services.insert(service, key);
         true
     }

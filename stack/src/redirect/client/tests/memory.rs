@@ -82,6 +82,20 @@ fn c12_flows_are_freed_with_their_sockets_and_survive_a_restart() {
 }
 
 #[test]
+fn c12_an_answer_about_an_old_socket_frees_no_later_flow_with_its_ports() {
+    let mut w = world(Continuation::Auto);
+    w.reconnect(Some(w.local));
+    let asked = w.client.mark();
+    // The program has closed, and another connect has got the same port.
+    let syn = w.syn(ISS + 70_000, TSVAL);
+    w.local(syn);
+    w.client.retain_since(asked, |_, _| false);
+    assert_eq!(w.client.flow_count(), 1);
+    w.client.retain_since(w.client.mark(), |_, _| false);
+    assert_eq!(w.client.flow_count(), 0);
+}
+
+#[test]
 fn c12_a_redirect_that_an_earlier_run_asked_for_is_not_passed_up() {
     let mut w = world(Continuation::Auto);
     let redirect = w.redirect(Y, Some(w.local));
