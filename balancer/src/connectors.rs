@@ -107,7 +107,7 @@ pub(crate) fn without_the_missing(mut unfit: Unfit, devices: &Devices, tunnels: 
     unfit
 }
 
-impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
+impl<D: Device + 'static, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     /// What is to be said of the link or route to a server, if it needs one of its own.
     pub(crate) fn way_to(&self, server: &Server) -> Option<&'static str> {
         let mut ends = server.ends.iter();

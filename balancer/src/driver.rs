@@ -4,6 +4,7 @@
 //! a whole. The other does one thing at a time: a signal, a request, changes of health.
 
 mod carry;
+mod queues;
 
 use std::future::Future;
 use std::io;
@@ -20,7 +21,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
-use self::carry::{Active, carry};
+use self::carry::Active;
+use self::queues::Queues;
 use crate::config::{Config, ForwardMode};
 use crate::connections::Connections;
 use crate::connectors::{Connectors, without_the_missing};
@@ -159,9 +161,11 @@ pub async fn run(
     let places = Places { path, state_dir, control_socket, recorded };
     // What goes into a tunnel goes there one by one.
     let super_packets = config.host.super_packets && config.forward != ForwardMode::Gue;
+    let (device, queues) = (config.host.device.clone(), config.host.queues);
     let tun = move |name: &str| {
         let mut options = TunOptions::new(name);
         options.super_packets = super_packets;
+        options.multi_queue = queues > 1 && name == device;
         TunDevice::create(options)
     };
     match capture {
@@ -208,7 +212,7 @@ async fn serve<D: Device + 'static>(
         daemon.stop().await?;
         return Err(error.into());
     }
-    let (main, receiver) = (Arc::clone(&daemon.main), daemon.active.subscribe());
+    let receiver = daemon.active.subscribe();
     // Whoever asked may have gone; that changes nothing here.
     if let Some(handle) = told.handle {
         let live = Live { active: daemon.active.subscribe(), clock: daemon.clock };
@@ -217,9 +221,11 @@ async fn serve<D: Device + 'static>(
     if let Some(ready) = told.ready {
         let _ = ready.send(());
     }
-    tracing::info!(device = main.name(), mode = %daemon.config.forward, "forwarding");
+    let device = daemon.devices.main.clone();
+    tracing::info!(device, mode = %daemon.config.forward, queues = daemon.queues.count(), "forwarding");
+    let carrying = daemon.queues.start(&receiver, daemon.clock, daemon.config.host.pin);
     let result = tokio::select! {
-        error = carry(&*main, receiver, daemon.clock) => Err(Error::Read { name: main.name().to_owned(), error }),
+        error = carrying => Err(Error::Read { name: device, error }),
         () = daemon.follow(hangups) => Ok(()),
         () = shutdown => Ok(()),
     };
@@ -244,13 +250,13 @@ pub(crate) struct Daemon<D, F> {
     pub(crate) offload: Standing,
     pub(crate) devices: Devices,
     server: Server,
-    main: Arc<D>,
+    queues: Queues<D>,
     clock: Clock,
     active: watch::Sender<Arc<Active<D>>>,
     open: F,
 }
 
-impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
+impl<D: Device + 'static, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     async fn start(config: Config, places: Places, open: F) -> Result<Self, Error> {
         let Places { path, state_dir, control_socket, recorded } = places;
         // The rule to a VIP and the blackhole behind it stay, so that connects meet silence, not "unreachable", meanwhile;
@@ -269,9 +275,9 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             );
         }
         let device = |name: &str| open(name).map_err(Error::Device);
-        let main = Arc::new(device(&config.host.device)?);
+        let queues = Queues::open(device(&config.host.device)?, config.host.queues).map_err(Error::Device)?;
         let mut devices =
-            Devices { main: main.name().to_owned(), mtu: main_mtu(&config).await?, servers: Vec::new() };
+            Devices { main: queues.name().to_owned(), mtu: main_mtu(&config).await?, servers: Vec::new() };
         let mut outputs = Vec::new();
         devices.servers = server_devices(&config, None, &devices.main);
         let connectors = Connectors::start(&config).await?;
@@ -297,7 +303,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         }
         let mut monitor = Monitor::new();
         monitor.follow(&config, balancer.server_stats());
-        let active = Active { main: Arc::clone(&main), balancer, connections, outputs };
+        let active = Active { queues: queues.devices(), balancer, connections, outputs };
         let (active, _) = watch::channel(Arc::new(active));
         let (published, _) = watch::channel(Arc::new(config.clone()));
         let (waits, clock) = (JoinSet::new(), Clock::start());
@@ -314,7 +320,7 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
             offload,
             devices,
             server,
-            main,
+            queues,
             clock,
             active,
             open,
@@ -410,8 +416,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         let before = Arc::clone(&self.active.borrow());
         let connections = Connections::successor(before.connections.as_ref(), &self.config);
         let outputs = before.outputs.clone();
-        let main = Arc::clone(&self.main);
-        self.active.send_replace(Arc::new(Active { main, balancer, connections, outputs }));
+        let queues = self.queues.devices();
+        self.active.send_replace(Arc::new(Active { queues, balancer, connections, outputs }));
         if self.offload.in_force() {
             self.follow_table(changes(&self.config, &self.devices, self.nft)).await;
         }
@@ -463,8 +469,8 @@ impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         let balancer = self.successor(&config, &devices, &hops).await;
         self.monitor.follow(&config, balancer.server_stats());
         let connections = Connections::successor(self.active.borrow().connections.as_ref(), &config);
-        let main = Arc::clone(&self.main);
-        self.active.send_replace(Arc::new(Active { main, balancer, connections, outputs }));
+        let queues = self.queues.devices();
+        self.active.send_replace(Arc::new(Active { queues, balancer, connections, outputs }));
         self.published.send_replace(Arc::new(config.clone()));
         (self.config, self.devices, self.hops) = (config, devices, hops);
         self.follow_table(new).await;

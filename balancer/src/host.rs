@@ -302,7 +302,8 @@ impl Devices {
 pub(crate) fn confinement(config: &Config, path: &Path, state_dir: &Path, socket: Option<PathBuf>) -> Policy {
     let (keys, state_dir) = (config.token_file.clone(), state_dir.to_owned());
     let places = sandbox::Places { config: path.to_owned(), keys, state_dir, socket };
-    Policy::of(&Confined::Balancer { devices: config.forward.uses_devices() }, &places)
+    let confined = Confined::Balancer { devices: config.forward.uses_devices(), pins: config.host.pin };
+    Policy::of(&confined, &places)
 }
 
 /// The MTU of the device that packets come from.

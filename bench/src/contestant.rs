@@ -20,7 +20,9 @@ pub enum Contestant {
     Shunt,
     /// The balancer without the kernel offload: every packet passes its TUN device
     ShuntTun,
-    /// The same without super-packets: one packet a read
+    /// The same with two queues, each with a thread of its own
+    ShuntTunQueues,
+    /// The same with one queue and without super-packets: one packet a read
     ShuntTunPlain,
     /// The balancer and a client without a shim: placed by hash
     Plain,
@@ -67,6 +69,7 @@ impl Contestant {
             Contestant::Nginx => "nginx",
             Contestant::Shunt => "shunt",
             Contestant::ShuntTun => "shunt_tun",
+            Contestant::ShuntTunQueues => "shunt_tun_queues",
             Contestant::ShuntTunPlain => "shunt_tun_plain",
             Contestant::Plain => "plain",
             Contestant::Reconnect => "reconnect",
@@ -84,7 +87,10 @@ impl Contestant {
     pub fn entry(self) -> Entry {
         match self {
             Contestant::Direct | Contestant::Kernel => Entry::Server,
-            Contestant::Shunt | Contestant::ShuntTun | Contestant::ShuntTunPlain => Entry::ServicePort,
+            Contestant::Shunt
+            | Contestant::ShuntTun
+            | Contestant::ShuntTunQueues
+            | Contestant::ShuntTunPlain => Entry::ServicePort,
             _ => Entry::RedirectPort,
         }
     }
@@ -126,6 +132,7 @@ impl Contestant {
     pub fn host_keys(self) -> &'static [&'static str] {
         match self {
             Contestant::ShuntTun => &["offload = \"off\""],
+            Contestant::ShuntTunQueues => &["offload = \"off\"", "queues = 2"],
             Contestant::ShuntTunPlain => &["offload = \"off\"", "super_packets = false"],
             _ => &[],
         }
@@ -133,7 +140,11 @@ impl Contestant {
 
     /// The key without which it would be the same as another.
     pub fn needs_key(self) -> Option<&'static str> {
-        (self == Contestant::ShuntTunPlain).then_some("super_packets = false")
+        match self {
+            Contestant::ShuntTunPlain => Some("super_packets = false"),
+            Contestant::ShuntTunQueues => Some("queues = 2"),
+            _ => None,
+        }
     }
 }
 
@@ -156,7 +167,7 @@ mod tests {
             .filter(|contestant| contestant.entry() == Entry::ServicePort)
             .map(|contestant| contestant.name())
             .collect();
-        assert_eq!(direct, ["shunt", "shunt_tun", "shunt_tun_plain"]);
+        assert_eq!(direct, ["shunt", "shunt_tun", "shunt_tun_queues", "shunt_tun_plain"]);
         assert!(Contestant::all().iter().filter(|one| one.has_agent()).all(|one| one.is_shunt()));
     }
 }

@@ -12,6 +12,8 @@ pub const TABLES: u32 = 256;
 pub const BALANCER_TABLES: u32 = 1024;
 /// Rule preferences a daemon may use, from [`HostOptions::preference`] on.
 pub const PREFERENCES: u32 = 20;
+/// The most queues of a device.
+pub const MAX_QUEUES: usize = 64;
 /// The experiment identifier (`ExID`) of the redirect option (RFC 6994, PROTOCOL.md) unless configured.
 pub const DEFAULT_EXID: u16 = 0x5244;
 
@@ -27,6 +29,8 @@ pub struct HostSettings {
     device: Option<Spanned<String>>,
     super_packets: Option<bool>,
     offload: Option<Spanned<OffloadSetting>>,
+    queues: Option<Spanned<usize>>,
+    pin: Option<Spanned<bool>>,
 }
 
 /// `offload` as written.
@@ -59,6 +63,10 @@ pub struct HostOptions {
     pub super_packets: bool,
     /// Whether the kernel forwards by itself what it can ([`offload`](crate::offload)); a server's never does.
     pub offload: bool,
+    /// Queues of the device, each with a thread, at most [`MAX_QUEUES`]; a client's and a server's have one.
+    pub queues: usize,
+    /// Whether each thread stays on a processor of its own.
+    pub pin: bool,
 }
 
 impl HostOptions {
@@ -79,6 +87,8 @@ impl HostOptions {
             device: device.to_owned(),
             super_packets: true,
             offload: role == Role::Balancer,
+            queues: 1,
+            pin: false,
         }
     }
 
@@ -150,7 +160,35 @@ impl HostSettings {
             }
             options.offload = *offload.get_ref() == OffloadSetting::Auto;
         }
+        self.resolve_queues(role, source, &mut options)?;
         Ok(options)
+    }
+
+    fn resolve_queues(
+        &self,
+        role: Role,
+        source: &Source,
+        options: &mut HostOptions,
+    ) -> Result<(), ConfigError> {
+        let spans = (self.queues.as_ref().map(Spanned::span), self.pin.as_ref().map(Spanned::span));
+        if let (Some(span), _) | (_, Some(span)) = spans
+            && role != Role::Balancer
+        {
+            return Err(
+                source.error_at(span, "only a balancer has several queues: what it decides needs no memory")
+            );
+        }
+        if let Some(queues) = &self.queues {
+            options.queues = *queues.get_ref();
+            if !(1..=MAX_QUEUES).contains(&options.queues) {
+                return Err(source.error_at(
+                    queues.span(),
+                    format!("a device has 1 to {MAX_QUEUES} queues; one a processor is what may help"),
+                ));
+            }
+        }
+        options.pin = self.pin.as_ref().is_some_and(|pin| *pin.get_ref());
+        Ok(())
     }
 
     fn resolve_mark(&self, source: &Source, options: &mut HostOptions) -> Result<(), ConfigError> {
@@ -258,6 +296,8 @@ mod tests {
             ("device = \"sixteen-letters-\"", "interface's name"),
             ("exid = 70000", "invalid value"),
             ("super_packets = 1", "invalid type"),
+            ("queues = 2", "only a balancer has several queues"),
+            ("pin = true", "only a balancer has several queues"),
             ("mask = 1", "unknown field"),
             ("offload = \"auto\"", "only a balancer"),
             ("offload = true", "wanted string"),

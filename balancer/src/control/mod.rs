@@ -148,7 +148,7 @@ pub fn changed(config: &Config, edit: &Edit) -> Result<Config, String> {
     Ok(changed)
 }
 
-impl<D: Device, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
+impl<D: Device + 'static, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     /// Answers a request; long waits go on beside.
     pub(crate) async fn call(&mut self, Call { line, reply }: Call) {
         match Request::parse(&line) {

@@ -21,7 +21,8 @@ const BATCH: u32 = 64;
 
 /// What packets are forwarded by: replaced as a whole.
 pub(super) struct Active<D> {
-    pub(super) main: Arc<D>,
+    /// The queues of the device that packets come from.
+    pub(super) queues: Arc<[Arc<D>]>,
     pub(super) balancer: Arc<Balancer>,
     /// Statistics only: no decision knows of them.
     pub(super) connections: Option<Connections>,
@@ -95,7 +96,7 @@ impl<D: Device> Active<D> {
         let mut snapshot = self.balancer.snapshot();
         let connections = self.connections.as_ref();
         snapshot.connections = connections.map(|connections| connections.snapshot(self.balancer.now()));
-        let devices = self.outputs.iter().chain([&self.main]);
+        let devices = self.outputs.iter().chain(&*self.queues);
         snapshot.segmented = devices.map(Device::segmented).sum();
         snapshot
     }

@@ -154,6 +154,9 @@ fn rules(policy: &Policy) -> Result<Rules> {
     if policy.has(|right| matches!(right, Right::Connect)) {
         rules.insert(libc::SYS_connect, Vec::new());
     }
+    if policy.has(|right| matches!(right, Right::Processors)) {
+        rules.insert(libc::SYS_sched_setaffinity, Vec::new());
+    }
     if policy.has(|right| matches!(right, Right::Listen(_))) {
         rules.insert(libc::SYS_listen, Vec::new());
     }

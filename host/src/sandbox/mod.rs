@@ -147,7 +147,7 @@ fn access(grant: &Grant) -> Option<(&Path, BitFlags<AccessFs>)> {
         Right::Keep(path) => Some((path, folder | write | AccessFs::MakeReg | AccessFs::RemoveFile)),
         Right::Remove(path) => Some((path, AccessFs::RemoveFile.into())),
         Right::Device(path) => Some((path, write | AccessFs::ReadFile | AccessFs::IoctlDev)),
-        Right::Capability(_) | Right::Listen(_) | Right::Connect => None,
+        Right::Capability(_) | Right::Listen(_) | Right::Connect | Right::Processors => None,
     }
 }
 

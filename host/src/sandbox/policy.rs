@@ -12,6 +12,7 @@
 //! | reads `/dev/urandom` | | | | x |
 //! | listens on TCP ports | | | | those it had |
 //! | connects by TCP | x | | | |
+//! | chooses processors | `pin` | | | |
 //!
 //! The system calls that go with it are in `calls`.
 
@@ -27,6 +28,8 @@ pub enum Confined {
     Balancer {
         /// Whether servers have devices, which are made as servers come (`direct`, `datalink`).
         devices: bool,
+        /// Whether its threads choose their processors.
+        pins: bool,
     },
     /// The server's agent.
     Server,
@@ -71,6 +74,8 @@ pub enum Right {
     Listen(u16),
     /// Connect by TCP, from whatever own port.
     Connect,
+    /// Choose the processors that threads run on.
+    Processors,
 }
 
 impl fmt::Display for Right {
@@ -84,6 +89,7 @@ impl fmt::Display for Right {
             Right::Device(path) => write!(f, "opening {}", path.display()),
             Right::Listen(port) => write!(f, "listening on TCP port {port}"),
             Right::Connect => f.write_str("connecting by TCP"),
+            Right::Processors => f.write_str("choosing processors"),
         }
     }
 }
@@ -112,11 +118,14 @@ impl Policy {
         policy.host();
         policy.places(places);
         match daemon {
-            Confined::Balancer { devices } => {
+            Confined::Balancer { devices, pins } => {
                 policy.grant(Right::Connect, "servers' health, and their agents while one is drained");
                 if *devices {
                     let tun = PathBuf::from("/dev/net/tun");
                     policy.grant(Right::Device(tun), "each new server gets a device of its own");
+                }
+                if *pins {
+                    policy.grant(Right::Processors, "each queue's thread stays on one");
                 }
             }
             Confined::Server | Confined::Client => {}

@@ -83,9 +83,11 @@ fn the_table_gives_each_daemon_what_it_needs() {
     let with = |more: &[&str]| [all.clone(), more.iter().map(ToString::to_string).collect()].concat();
     assert_eq!(rights(&Confined::Server), all);
     assert_eq!(rights(&Confined::Client), all);
-    assert_eq!(rights(&Confined::Balancer { devices: false }), with(&["connecting by TCP"]));
+    assert_eq!(rights(&Confined::Balancer { devices: false, pins: false }), with(&["connecting by TCP"]));
     let devices = with(&["connecting by TCP", "opening /dev/net/tun"]);
-    assert_eq!(rights(&Confined::Balancer { devices: true }), devices);
+    assert_eq!(rights(&Confined::Balancer { devices: true, pins: false }), devices);
+    let pinned = with(&["connecting by TCP", "choosing processors"]);
+    assert_eq!(rights(&Confined::Balancer { devices: false, pins: true }), pinned);
     let proxy = |listens: &[u16]| rights(&Confined::Proxy { listens: listens.to_vec() });
     assert_eq!(proxy(&[1080]), with(&["reading /dev/urandom", "listening on TCP port 1080"]));
     let low = ["reading /dev/urandom", "listening on TCP port 80", "CAP_NET_BIND_SERVICE"];
@@ -205,7 +207,7 @@ fn tcp_is_for_those_who_need_it() {
     let tried = |daemon: &Confined| inside(&Policy::of(daemon, &places), |_| (connects(), listens()));
     assert_eq!(tried(&Confined::Server), (false, false));
     assert_eq!(tried(&Confined::Client), (false, false));
-    assert_eq!(tried(&Confined::Balancer { devices: false }), (true, false));
+    assert_eq!(tried(&Confined::Balancer { devices: false, pins: false }), (true, false));
     assert_eq!(tried(&Confined::Proxy { listens: vec![own.port()] }), (false, true));
     let elsewhere = Confined::Proxy { listens: vec![to.port()] };
     assert_eq!(tried(&elsewhere), (false, !landlock_is_there()));

@@ -205,4 +205,8 @@ impl<D: Device> Device for Captured<D> {
     fn segmented(&self) -> u64 {
         self.device.segmented()
     }
+
+    fn queue(&self) -> io::Result<Self> {
+        self.device.queue().map(|device| Captured::new(device, &self.capture))
+    }
 }

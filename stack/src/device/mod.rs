@@ -76,6 +76,18 @@ pub trait Device: Send + Sync {
     fn segmented(&self) -> u64 {
         0
     }
+
+    /// Another queue of the same interface, registered with the present tokio runtime. Each packet comes by one of the
+    /// queues, those of a connection by the same one for as long as the number of queues stays.
+    ///
+    /// # Errors
+    /// The device has one queue only, or the kernel gives no other.
+    fn queue(&self) -> io::Result<Self>
+    where
+        Self: Sized,
+    {
+        Err(io::Error::new(io::ErrorKind::Unsupported, format!("the device {} has one queue", self.name())))
+    }
 }
 
 impl<D: Device> Device for Arc<D> {
@@ -109,6 +121,10 @@ impl<D: Device> Device for Arc<D> {
 
     fn segmented(&self) -> u64 {
         (**self).segmented()
+    }
+
+    fn queue(&self) -> io::Result<Self> {
+        (**self).queue().map(Arc::new)
     }
 }
 

@@ -38,12 +38,14 @@ pub struct TunOptions {
     pub up: bool,
     /// Whether packets of up to 64 KiB pass in one piece, and checksums are left to who sends them on.
     pub super_packets: bool,
+    /// Whether there may be more [queues](Device::queue) than the first.
+    pub multi_queue: bool,
 }
 
 impl TunOptions {
-    /// A device of this name, up, with the kernel's default MTU and super-packets.
+    /// A device of this name, up, with the kernel's default MTU, super-packets and one queue.
     pub fn new(name: impl Into<String>) -> Self {
-        TunOptions { name: name.into(), mtu: None, up: true, super_packets: true }
+        TunOptions { name: name.into(), mtu: None, up: true, super_packets: true, multi_queue: false }
     }
 }
 
@@ -108,9 +110,13 @@ impl TunDevice {
         inner.set_tx_queue_len(QUEUE_LEN).map_err(failed)?;
         let actual = inner.name().map_err(failed)?;
         let mtu = usize::from(inner.mtu().map_err(failed)?);
-        Ok(TunDevice {
+        Ok(TunDevice::over(inner, actual, mtu))
+    }
+
+    fn over(inner: AsyncDevice, name: String, mtu: usize) -> TunDevice {
+        TunDevice {
             inner,
-            name: actual,
+            name,
             mtu: AtomicUsize::new(mtu),
             expected: AtomicUsize::new(mtu),
             short: AtomicU32::new(0),
@@ -118,7 +124,7 @@ impl TunDevice {
             malformed: AtomicU64::new(0),
             segmented: AtomicU64::new(0),
             told: Once::new(),
-        })
+        }
     }
 
     /// Packets thrown away because they did not fit the largest buffer: none but through a fault of the kernel.
@@ -231,7 +237,7 @@ fn build(options: &TunOptions, super_packets: bool) -> io::Result<AsyncDevice> {
         builder = builder.mtu(mtu);
     }
     let offload = |builder: &mut DeviceBuilderGuard<'_>| {
-        builder.offload(super_packets);
+        builder.offload(super_packets).multi_queue(options.multi_queue);
     };
     builder.with(offload).build_async()
 }
@@ -284,5 +290,13 @@ impl Device for TunDevice {
 
     fn segmented(&self) -> u64 {
         self.segmented.load(Ordering::Relaxed)
+    }
+
+    fn queue(&self) -> io::Result<Self> {
+        let failed = |error: io::Error| {
+            io::Error::new(error.kind(), format!("the TUN device {} gets no other queue: {error}", self.name))
+        };
+        let inner = self.inner.try_clone().map_err(failed)?;
+        Ok(TunDevice::over(inner, self.name.clone(), self.mtu.load(Ordering::Relaxed)))
     }
 }

@@ -81,7 +81,8 @@ fn allocations(most: usize) -> (u64, Vec<usize>) {
         (packet(client, "203.0.113.10:443", TcpFlags::SYN, &[]), whole),
     ];
     let mill = Arc::new(Mill { packets, given: Mutex::new(0), most, sent: Mutex::default() });
-    let active = Active { main: Arc::clone(&mill), balancer, connections: None, outputs: Vec::new() };
+    let active =
+        Active { queues: [Arc::clone(&mill)].into(), balancer, connections: None, outputs: Vec::new() };
     let (_sender, receiver) = watch::channel(Arc::new(active));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let counted = allocation_counter::measure(|| {
