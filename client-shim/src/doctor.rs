@@ -6,6 +6,7 @@ use shunt_host::doctor::Needs;
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::offload::Obstacle;
 use crate::paths::Paths;
 use crate::setup::{self, Facts};
 
@@ -20,7 +21,15 @@ pub async fn needs(config: &Config) -> Result<Needs, Error> {
         Err(Error::OwnVip(_)) => Paths::default(),
         Err(error) => return Err(error),
     };
-    let facts = Facts::gather(&paths).await;
+    let mut facts = Facts::gather(&paths).await;
+    let obstacle = Obstacle::of(config, false, facts.nft);
+    facts.offload = obstacle.is_none();
+    let offload = match obstacle {
+        None => Some(Ok(())),
+        // That was asked for.
+        Some(Obstacle::Off | Obstacle::Proxy) => None,
+        Some(why) => Some(Err(why.to_string())),
+    };
     Ok(Needs {
         options: config.host.clone(),
         changes: setup::changes(config, &paths, &facts),
@@ -29,7 +38,7 @@ pub async fn needs(config: &Config) -> Result<Needs, Error> {
         own: Vec::new(),
         listening: Vec::new(),
         ports: Vec::new(),
-        offload: None,
+        offload,
         forwards: BTreeSet::new(),
     })
 }

@@ -11,6 +11,7 @@ mod control;
 mod device;
 mod error;
 mod flows;
+mod offload;
 mod paths;
 mod proxy;
 mod reload;
@@ -88,7 +89,7 @@ async fn serve(
     let confined = options.sandbox.then(|| confinement(session.config(), &options.state_dir, &control));
     let asked = Server::open(&control, &options.state_dir, Role::Client)?;
     let tun = device::open(&session.config().host, session.mtu())?;
-    session.set_up(&options.state_dir).await?;
+    session.set_up(&options.state_dir, capture.is_some()).await?;
     if let Some(policy) = confined {
         sandbox::enter(&policy)?;
     }

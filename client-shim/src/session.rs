@@ -3,12 +3,13 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use shunt_host::Host;
+use shunt_host::{Host, HostError};
 use shunt_stack::redirect::PathId;
 
 use crate::config::{Config, Hold};
 use crate::error::Error;
 use crate::flows::FlowFile;
+use crate::offload::{Kernel, Obstacle};
 use crate::paths::Paths;
 use crate::setup::{self, Facts};
 
@@ -25,6 +26,8 @@ pub(crate) struct Session {
     paths: Paths,
     facts: Facts,
     file: FlowFile,
+    /// Why the kernel exchanges no ports by itself, if it does not.
+    obstacle: Option<Obstacle>,
     /// Why routes could not be followed the last time.
     trouble: Option<String>,
 }
@@ -67,15 +70,20 @@ impl Session {
                  uploads over a smaller MTU may hang"
             );
         }
-        Ok(Self { config, host, guard: None, paths, facts, file, trouble: None })
+        let obstacle = Some(Obstacle::Off);
+        Ok(Self { config, host, guard: None, paths, facts, file, obstacle, trouble: None })
     }
 
-    /// Changes the host; the device exists.
+    /// Changes the host; the device exists. `recorded`: a capture has to see every packet.
     ///
     /// # Errors
     /// The kernel refuses; nothing is left then.
-    pub(crate) async fn set_up(&mut self, state_dir: &Path) -> Result<(), Error> {
+    pub(crate) async fn set_up(&mut self, state_dir: &Path, recorded: bool) -> Result<(), Error> {
         self.host.apply(setup::changes(&self.config, &self.paths, &self.facts)).await?;
+        self.obstacle = Obstacle::of(&self.config, recorded, self.facts.nft);
+        if self.obstacle.is_none() {
+            self.offload().await?;
+        }
         let options = setup::guard_options(&self.config.host);
         // Only now, when segments reach the shim, may an earlier run's guard go.
         let mut guard = Host::open_in(state_dir, GUARD, &options).await?;
@@ -88,6 +96,34 @@ impl Session {
             tracing::info!(%vip, interface = hop.interface, gateway = ?hop.gateway, "VIP diverted");
         }
         Ok(())
+    }
+
+    /// Lets the kernel exchange ports by itself. What it refuses stays in userspace.
+    async fn offload(&mut self) -> Result<(), Error> {
+        self.facts.offload = true;
+        if let Err(error) = self.replace().await {
+            self.without_offload(&error.to_string()).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes all connections back into userspace.
+    ///
+    /// # Errors
+    /// The kernel keeps what it has: its maps would lead other connections astray.
+    pub(crate) async fn without_offload(&mut self, why: &str) -> Result<(), Error> {
+        tracing::warn!(why, "the kernel exchanges no ports by itself: all packets go through userspace");
+        self.facts.offload = false;
+        self.obstacle = Some(Obstacle::Kernel(why.to_owned()));
+        self.replace().await
+    }
+
+    /// What the kernel does by itself, with what an earlier run left there.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub(crate) async fn kernel(&self) -> Result<Kernel, HostError> {
+        Ok(Kernel::new(self.host.port_swaps().await?, self.obstacle.clone()))
     }
 
     pub(crate) fn config(&self) -> &Config {

@@ -10,7 +10,9 @@ use std::net::IpAddr;
 
 use shunt_host::change::{LOCAL, Link, Route, Rule, Sysctl};
 use shunt_host::options::{PREFERENCES, TABLES};
-use shunt_host::{Change, Divert, Family, HostOptions, PortRange, Prefix, QuotedMatch, SegmentMatch};
+use shunt_host::{
+    Change, Divert, Family, HostOptions, PortRange, Prefix, QuotedMatch, SegmentMatch, SwapTable,
+};
 
 use crate::config::Config;
 use crate::paths::Paths;
@@ -32,9 +34,11 @@ mod table {
 mod preference {
     pub(super) const DEVICE_OUT: u32 = 0;
     pub(super) const DEVICE_LOCAL: u32 = 1;
-    pub(super) const MARKED: u32 = 2;
-    pub(super) const ARRIVING: u32 = 3;
-    pub(super) const OWN: u32 = 4;
+    pub(super) const SWAPPED_OUT: u32 = 2;
+    pub(super) const SWAPPED_IN: u32 = 3;
+    pub(super) const MARKED: u32 = 4;
+    pub(super) const ARRIVING: u32 = 5;
+    pub(super) const OWN: u32 = 6;
 }
 
 /// What the set-up depends on beside configuration and paths; asked once, before anything is changed.
@@ -46,6 +50,8 @@ pub(crate) struct Facts {
     pub(crate) accept_ra: Vec<String>,
     /// The device's MTU when it was made, in bytes.
     pub(crate) mtu: u32,
+    /// Whether the kernel shall exchange ports by itself.
+    pub(crate) offload: bool,
 }
 
 impl Facts {
@@ -55,6 +61,7 @@ impl Facts {
             nft: shunt_host::nft_available().await,
             accept_ra: shunt_host::query::accepting_advertisements(),
             mtu: device_mtu(paths).unwrap_or(1500),
+            offload: false,
         }
     }
 }
@@ -80,6 +87,9 @@ pub(crate) fn changes(config: &Config, paths: &Paths, facts: &Facts) -> Vec<Chan
         changes.extend(setup.families().map(|family| setup.marked(family).into()));
     }
     setup.entering_the_device(&mut changes);
+    if facts.offload {
+        setup.past_the_device(&mut changes);
+    }
     changes
 }
 
@@ -252,6 +262,20 @@ impl Setup<'_> {
                 changes.push(own.into());
             }
         }
+    }
+
+    /// What the kernel has swapped by itself. It has the mark of what is diverted, which only other packets have: the host's
+    /// own segments never, and of what arrives ICMP errors alone.
+    fn past_the_device(&self, changes: &mut Vec<Change>) {
+        let (mark, mask) = (self.host.mark, self.host.mark_mask);
+        for vip in self.vips() {
+            let rule =
+                |offset, table| Rule::new(Family::of(vip), self.preference(offset), table).mark(mark, mask);
+            changes
+                .push(rule(preference::SWAPPED_OUT, self.table(table::OUT)).interface("lo").to(vip).into());
+            changes.push(rule(preference::SWAPPED_IN, LOCAL).from(vip).tcp().into());
+        }
+        changes.push(SwapTable { except_interface: self.host.device.clone(), mark, mask }.into());
     }
 
     fn divert(&self) -> Divert {

@@ -11,6 +11,8 @@ use shunt_stack::redirect::{Action, Client, ClientConfig, ClientEvent};
 use shunt_stack::time::Instant;
 use shunt_stack::wire::{Offload, Packet, Protocol};
 
+use crate::offload::Kernel;
+
 /// Which of the machine's inputs a packet out of the device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -60,17 +62,20 @@ pub(crate) struct Shim {
     vips: HashSet<IpAddr>,
     clock: Clock,
     pub(crate) counters: ShimCounters,
+    kernel: Kernel,
     flows_changed: bool,
 }
 
 impl Shim {
-    pub(crate) fn new(config: ClientConfig) -> Self {
+    pub(crate) fn new(mut config: ClientConfig, kernel: Kernel) -> Self {
+        config.settle_after = kernel.settle_after();
         let vips = config.vips.iter().map(|vip| vip.address).collect();
         Self {
             client: Client::new(config),
             vips,
             clock: Clock::start(),
             counters: ShimCounters::default(),
+            kernel,
             flows_changed: false,
         }
     }
@@ -81,6 +86,21 @@ impl Shim {
 
     pub(crate) fn client_mut(&mut self) -> &mut Client {
         &mut self.client
+    }
+
+    /// What is left to the kernel.
+    pub(crate) fn kernel(&mut self) -> &mut Kernel {
+        &mut self.kernel
+    }
+
+    /// Lets the kernel know what the machine has come to.
+    pub(crate) async fn tell_kernel(&mut self) {
+        self.kernel.follow(&mut self.client).await;
+    }
+
+    /// The same where the machine has begun anew.
+    pub(crate) async fn take_over_kernel(&mut self) {
+        self.kernel.take_over(&mut self.client).await;
     }
 
     pub(crate) fn vips(&self) -> &HashSet<IpAddr> {
@@ -124,6 +144,7 @@ impl Shim {
                 Action::Pass
             }
         };
+        self.tell_kernel().await;
         let why = self.tell();
         if action == Action::Pass {
             self.send(device, &packet, &why).await;
@@ -143,6 +164,7 @@ impl Shim {
     async fn drain(&mut self, device: &impl Device, now: Instant, why: &str) {
         while let Some(transmit) = self.client.poll_transmit(now) {
             let told = self.tell();
+            self.tell_kernel().await;
             self.send(device, &transmit.packet, if told.is_empty() { why } else { &told }).await;
         }
         self.tell();

@@ -19,9 +19,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::Outside;
 use crate::config::Config;
-use crate::control;
+use crate::control::{self, ShimFacts};
 use crate::error::Error;
 use crate::flows::FlowFile;
+use crate::offload::Kernel;
 use crate::session::Session;
 use crate::shim::{Shim, is_passing};
 
@@ -48,7 +49,7 @@ pub(crate) async fn drive<D: Device>(
     ready: Option<tokio::sync::oneshot::Sender<()>>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
-    let mut driver = Driver::start(session, device).await;
+    let mut driver = Driver::start(session, device).await?;
     if let Some(ready) = ready {
         // Whoever asked may have gone.
         let _ = ready.send(());
@@ -67,9 +68,13 @@ struct Driver {
 }
 
 impl Driver {
-    async fn start(session: &Session, device: &impl Device) -> Self {
+    async fn start(session: &Session, device: &impl Device) -> Result<Self, Error> {
+        let kernel = session.kernel().await?;
+        if let Some(why) = kernel.obstacle() {
+            tracing::info!(%why, "the kernel exchanges no ports by itself");
+        }
         let mut driver = Self {
-            shim: new_shim(session, device),
+            shim: new_shim(session, device, kernel),
             saver: Saver::new(session.flow_file().clone()),
             query: None,
         };
@@ -78,7 +83,8 @@ impl Driver {
             driver.free_ended(session).await;
             tracing::info!(restored, alive = driver.shim.client().flow_count(), "took over connections");
         }
-        driver
+        driver.shim.take_over_kernel().await;
+        Ok(driver)
     }
 
     async fn serve(
@@ -96,6 +102,7 @@ impl Driver {
             let far = Instant::now() + NEVER;
             let timer = self.shim.deadline().unwrap_or(far);
             let save = self.saver.due(&mut self.shim).unwrap_or(far);
+            let kernel = self.shim.kernel().due().unwrap_or(far);
             tokio::select! {
                 received = device.recv(&mut buffer) => match received {
                     Ok(offload) => self.shim.on_packet(device, &mut buffer, offload).await,
@@ -103,9 +110,11 @@ impl Driver {
                 },
                 () = sleep_until(timer) => self.shim.on_timer(device).await,
                 () = sleep_until(save) => self.saver.save(&self.shim).await,
+                () = sleep_until(kernel) => self.shim.tell_kernel().await,
                 result = answer(&mut self.query) => {
                     self.catch_up(device, &mut buffer).await;
                     self.on_sockets(result);
+                    self.shim.tell_kernel().await;
                 }
                 _ = sockets.tick() => self.ask_for_sockets(),
                 _ = paths.tick() => {
@@ -114,7 +123,8 @@ impl Driver {
                     }
                 }
                 call = outside.asked.next() => {
-                    control::answer(call, session, self.shim.client(), &self.shim.counters);
+                    let facts = ShimFacts::of(&mut self.shim).await;
+                    control::answer(call, session, self.shim.client(), &facts);
                 }
                 config = outside.reload.wait(session.config()) => {
                     self.reload(session, device, config).await?;
@@ -122,6 +132,9 @@ impl Driver {
                     sockets = ticks(session.config().socket_interval);
                 }
                 () = &mut shutdown => return Ok(()),
+            }
+            if let Some(why) = self.shim.kernel().take_failure() {
+                session.without_offload(&why).await?;
             }
         }
     }
@@ -194,9 +207,11 @@ impl Driver {
     ) -> Result<(), Error> {
         let flows: Vec<FlowRecord> = self.shim.client().flows().collect();
         session.reconfigure(config).await?;
-        self.shim = new_shim(session, device);
+        let kernel = std::mem::replace(self.shim.kernel(), Kernel::new(None, None));
+        self.shim = new_shim(session, device, kernel);
         self.query = None;
         let kept = flows.iter().filter(|flow| self.shim.client_mut().restore(**flow)).count();
+        self.shim.take_over_kernel().await;
         self.shim.note_flows_changed();
         tracing::info!(kept, ended = flows.len() - kept, "reloaded; redirected connections go on");
         Ok(())
@@ -204,19 +219,21 @@ impl Driver {
 
     async fn finish(mut self) {
         self.saver.finish(&self.shim).await;
+        let kernel = self.shim.kernel().counters().await.clone();
         tracing::info!(
             flows = self.shim.client().flow_count(),
             machine = ?self.shim.client().counters(),
             driver = ?self.shim.counters,
+            ?kernel,
             "stopped"
         );
     }
 }
 
-fn new_shim(session: &Session, device: &impl Device) -> Shim {
+fn new_shim(session: &Session, device: &impl Device, kernel: Kernel) -> Shim {
     let mut config = session.config().client.clone();
     config.mtu = device.mtu();
-    let mut shim = Shim::new(config);
+    let mut shim = Shim::new(config, kernel);
     session.tell_paths(|vip, path| shim.client_mut().set_path(vip, path));
     shim
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::divert::Divert;
 use crate::offload::Offload;
 use crate::prefix::{Family, PortRange, Prefix, Transport};
+use crate::swaps::SwapTable;
 
 /// The main route table.
 pub const MAIN: u32 = 254;
@@ -40,6 +41,8 @@ pub enum Change {
     Divert(Divert),
     /// Creates our nftables table of maps, or turns it into what it has to be in one step.
     Offload(Offload),
+    /// Creates our nftables table of swaps, empty ([`Host::port_swaps`](crate::Host::port_swaps)).
+    SwapTable(SwapTable),
 }
 
 impl Change {
@@ -52,6 +55,7 @@ impl Change {
                 | Change::Route(Route { target: Target::Blackhole, .. })
                 | Change::Sysctl(_)
                 | Change::Offload(_)
+                | Change::SwapTable(_)
         )
     }
 
@@ -338,4 +342,4 @@ macro_rules! into_change {
         })*
     };
 }
-into_change!(Sysctl, Rule, Route, Address, Link, Divert, Offload);
+into_change!(Sysctl, Rule, Route, Address, Link, Divert, Offload, SwapTable);

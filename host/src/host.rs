@@ -16,6 +16,7 @@ use crate::maps;
 use crate::nft;
 use crate::offload::{Count, Counted, Offload};
 use crate::options::HostOptions;
+use crate::swaps::{self, PortSwaps};
 use crate::sysctl;
 
 /// Where state files are kept unless told otherwise.
@@ -239,6 +240,7 @@ impl Host {
                 }
                 Ok(())
             }
+            Change::SwapTable(table) => swaps::install(&self.swaps_table(), table).await,
         }
     }
 
@@ -263,6 +265,7 @@ impl Host {
             },
             Change::Divert(_) => nft::remove(&self.table()).await.map(drop),
             Change::Offload(_) => nft::remove(&self.maps_table()).await.map(drop),
+            Change::SwapTable(_) => nft::remove(&self.swaps_table()).await.map(drop),
         }
     }
 
@@ -306,6 +309,7 @@ impl Host {
             match &entry.change {
                 // Its maps are not in the journal. If it was never made, removing it is no error.
                 Change::Offload(_) => continue,
+                Change::SwapTable(_) if nft::there(&self.swaps_table()).await? => continue,
                 Change::Sysctl(sysctl) => stays.insert(sysctl.key.clone()),
                 _ => false,
             };
@@ -315,6 +319,9 @@ impl Host {
         let mut table = usize::from(nft::remove(&self.table()).await?);
         if !self.changes().any(|change| matches!(change, Change::Offload(_))) {
             table += usize::from(nft::remove(&self.maps_table()).await?);
+        }
+        if !self.changes().any(|change| matches!(change, Change::SwapTable(_))) {
+            table += usize::from(nft::remove(&self.swaps_table()).await?);
         }
         let mut ledger = self.files.ledger().await?;
         ledger.release_all_but(&stays)?;
@@ -363,6 +370,22 @@ impl Host {
         })
     }
 
+    /// The swaps of the standing [`SwapTable`](crate::SwapTable), those that an earlier session left in it, too; `None` if there is no such
+    /// table.
+    ///
+    /// # Errors
+    /// The kernel does not answer.
+    pub async fn port_swaps(&self) -> Result<Option<PortSwaps>, HostError> {
+        let table = self.changes().find_map(|change| match change {
+            Change::SwapTable(table) => Some(table.clone()),
+            _ => None,
+        });
+        match table {
+            Some(table) => PortSwaps::open(self.swaps_table(), table).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// The name of our nftables table.
     fn table(&self) -> String {
         format!("shunt_{}", self.name)
@@ -371,6 +394,11 @@ impl Host {
     /// The name of that of maps.
     fn maps_table(&self) -> String {
         format!("shunt_{}_maps", self.name)
+    }
+
+    /// The name of that of swaps.
+    fn swaps_table(&self) -> String {
+        format!("shunt_{}_swaps", self.name)
     }
 }
 

@@ -56,6 +56,7 @@ pub mod options;
 pub mod prefix;
 pub mod query;
 pub mod sandbox;
+pub mod swaps;
 mod sysctl;
 #[cfg(test)]
 mod testing;
@@ -73,4 +74,5 @@ pub use nft::nft_available;
 pub use offload::Offload;
 pub use options::{HostOptions, HostSettings};
 pub use prefix::{Family, PortRange, Prefix, Transport};
+pub use swaps::{PortSwap, PortSwaps, SwapTable};
 pub use token::{TokenOptions, TokenSettings};

@@ -352,7 +352,7 @@ fn added<'e>(
 }
 
 /// Only whole packets of a protocol, of IPv6 those without extension headers; of TCP those without any flag of `except`.
-fn whole(family: Family, transport: Transport, except: u8) -> Vec<Expr> {
+pub(crate) fn whole(family: Family, transport: Transport, except: u8) -> Vec<Expr> {
     let meta = |key| Expr::Meta { dreg: KEY, key };
     let mut exprs = match family {
         Family::V4 => vec![
@@ -419,7 +419,7 @@ fn write(end: End, family: Family, sreg: Register) -> Expr {
 }
 
 /// Offset and length of an address in its IP header.
-fn place(end: End, family: Family) -> (u32, u32) {
+pub(crate) fn place(end: End, family: Family) -> (u32, u32) {
     match (end, family) {
         (End::Source, Family::V4) => (12, 4),
         (End::Destination, Family::V4) => (16, 4),
@@ -433,7 +433,7 @@ fn key_len(family: Family) -> u32 {
     place(End::Source, family).1 + 4
 }
 
-fn payload(base: PayloadBase, offset: u32, len: u32, dreg: Register) -> Expr {
+pub(crate) fn payload(base: PayloadBase, offset: u32, len: u32, dreg: Register) -> Expr {
     Expr::Payload { dreg, base, offset, len }
 }
 
@@ -446,14 +446,14 @@ fn compare(op: CmpOp, data: &[u8]) -> Expr {
     Expr::Cmp { sreg: KEY, op, data: data.to_vec() }
 }
 
-fn address_type(family: Family) -> SetKeyType {
+pub(crate) fn address_type(family: Family) -> SetKeyType {
     match family {
         Family::V4 => SetKeyType::Ipv4Addr,
         Family::V6 => SetKeyType::Ipv6Addr,
     }
 }
 
-fn element_of(address: IpAddr) -> SetElement {
+pub(crate) fn element_of(address: IpAddr) -> SetElement {
     match address {
         IpAddr::V4(v4) => SetElement::ipv4(v4),
         IpAddr::V6(v6) => SetElement::ipv6(v6),
@@ -469,7 +469,7 @@ fn address(key: &[u8], family: Family) -> Option<IpAddr> {
 }
 
 /// What a [`Key::Socket`] was.
-fn socket(key: &[u8], family: Family) -> Option<SocketAddr> {
+pub(crate) fn socket(key: &[u8], family: Family) -> Option<SocketAddr> {
     let port = key.get(place(End::Source, family).1 as usize..)?.first_chunk::<2>()?;
     Some(SocketAddr::new(address(key, family)?, u16::from_be_bytes(*port)))
 }

@@ -61,7 +61,8 @@ pub struct HostOptions {
     pub device: String,
     /// Whether packets of up to 64 KiB pass the device in one piece.
     pub super_packets: bool,
-    /// Whether the kernel forwards by itself what it can ([`offload`](crate::offload)); a server's never does.
+    /// Whether the kernel does by itself what it can: a balancer's forwards ([`offload`](crate::offload)), a client's
+    /// exchanges ports ([`swaps`](crate::swaps)); a server's does nothing.
     pub offload: bool,
     /// Queues of the device, each with a thread, at most [`MAX_QUEUES`]; a client's and a server's have one.
     pub queues: usize,
@@ -86,7 +87,7 @@ impl HostOptions {
             preference,
             device: device.to_owned(),
             super_packets: true,
-            offload: role == Role::Balancer,
+            offload: role != Role::Server,
             queues: 1,
             pin: false,
         }
@@ -153,10 +154,9 @@ impl HostSettings {
             check_device(&options.device).map_err(|why| source.error_at(device.span(), why))?;
         }
         if let Some(offload) = &self.offload {
-            if role != Role::Balancer {
-                return Err(
-                    source.error_at(offload.span(), "only a balancer's packets can be left to the kernel")
-                );
+            if role == Role::Server {
+                let message = "an agent sees handshakes only: nothing of it can be left to the kernel";
+                return Err(source.error_at(offload.span(), message));
             }
             options.offload = *offload.get_ref() == OffloadSetting::Auto;
         }
@@ -299,7 +299,7 @@ mod tests {
             ("queues = 2", "only a balancer has several queues"),
             ("pin = true", "only a balancer has several queues"),
             ("mask = 1", "unknown field"),
-            ("offload = \"auto\"", "only a balancer"),
+            ("offload = \"auto\"", "handshakes only"),
             ("offload = true", "wanted string"),
         ] {
             let error = options(&format!("[host]\n{line}\n")).unwrap_err();

@@ -166,12 +166,25 @@ pub(super) fn services(value: &Value) -> String {
     finished(&services)
 }
 
+/// What the kernel exchanges ports of by itself, or why it does not.
+fn swapped(value: &Value) -> String {
+    match value["why_not"].as_str() {
+        Some(why_not) => format!("kernel offload: none: {why_not}"),
+        None => format!(
+            "kernel offload: {} connections, {} packets",
+            text(&value["connections"]),
+            text(&value["packets"])
+        ),
+    }
+}
+
 fn client(value: &Value) -> String {
     let mut out = format!(
-        "{} client: {} of at most {} connections\n\n",
+        "{} client: {} of at most {} connections\n{}\n\n",
         text(&value["mode"]),
         text(&value["connections"]),
-        text(&value["most"])
+        text(&value["most"]),
+        swapped(&value["offload"]),
     );
     let mut vips = table(&["VIP", "INTERFACE", "GATEWAY", "PATH"], &[]);
     for vip in list(&value["vips"]) {

@@ -15,7 +15,7 @@ mod words;
 
 pub use client::{
     Client, ClientConfig, ClientCounters, ClientEvent, Continuation, FlowRecord, Mark, OnRedirect, PathId,
-    PathState, PlainReason, Prefix, RebindError, VipConfig,
+    PathState, PlainReason, Prefix, RebindError, Swap, SwapChange, VipConfig,
 };
 pub use guard::{Gauge, LOAD_CALM, Require, TokenPolicy, TokenRefusal};
 pub(crate) use numbers::window_scale;

@@ -102,6 +102,8 @@ pub(crate) struct Track {
     numbers: ConnectionNumbers,
     /// The scales of our window and the peer's.
     scales: (u8, u8),
+    /// Segments have passed elsewhere since these numbers were seen.
+    lost: bool,
 }
 
 impl Track {
@@ -121,17 +123,47 @@ impl Track {
             window: syn.window(),
             timestamps,
         };
-        Track { numbers, scales }
+        Track { numbers, scales, lost: false }
     }
 
-    pub(crate) fn numbers(&self) -> ConnectionNumbers {
+    #[cfg(test)]
+    fn numbers(&self) -> ConnectionNumbers {
         self.numbers
+    }
+
+    /// The numbers, unless they are [lost](Self::lose).
+    pub(crate) fn known(&self) -> Option<ConnectionNumbers> {
+        (!self.lost).then_some(self.numbers)
+    }
+
+    /// Segments pass elsewhere from now on: nothing is known until the local TCP is seen to speak again.
+    pub(crate) fn lose(&mut self) {
+        self.lost = true;
+    }
+
+    /// Begins again with a segment of the local TCP. What it does not tell is taken so that too much is refused rather
+    /// than too little: SND.UNA is its SEQ, and the peer must echo its `TSval` first.
+    fn find(&mut self, tcp: &TcpView<'_>) {
+        let numbers = &mut self.numbers;
+        if !tcp.flags().contains(TcpFlags::ACK) || numbers.timestamps.is_some() && tcp.timestamps().is_none() {
+            return;
+        }
+        (numbers.snd_una, numbers.snd_nxt) = (tcp.seq(), tcp.seq() + tcp.sequence_len());
+        (numbers.rcv_nxt, numbers.window) = (tcp.ack(), tcp.window());
+        if let (Some(known), Some((value, echo))) = (&mut numbers.timestamps, tcp.timestamps()) {
+            *known = Timestamps { recent: echo, echoed: value, sent: value };
+        }
+        self.lost = false;
     }
 
     /// A segment of the local TCP: it is believed.
     pub(crate) fn on_local(&mut self, tcp: &TcpView<'_>) {
         let flags = tcp.flags();
         if flags.intersects(TcpFlags::RST | TcpFlags::SYN) {
+            return;
+        }
+        if self.lost {
+            self.find(tcp);
             return;
         }
         let numbers = &mut self.numbers;
@@ -156,7 +188,7 @@ impl Track {
             && !flags.intersects(TcpFlags::RST | TcpFlags::SYN)
             && !tcp.ack().before(numbers.snd_una)
             && tcp.ack().at_or_before(numbers.snd_nxt);
-        if !near || !acceptable {
+        if self.lost || !near || !acceptable {
             return;
         }
         numbers.snd_una = tcp.ack();
@@ -240,5 +272,27 @@ mod tests {
         let seen = track.numbers();
         assert_eq!((seen.snd_una, seen.max_window), (SeqNumber(101), 1600));
         assert_eq!(seen.timestamps, Some(Timestamps { recent: 60, echoed: 12, sent: 12 }));
+    }
+    #[test]
+    fn numbers_that_were_lost_are_found_where_the_local_tcp_speaks_again() {
+        let syn = segment(99, 0, TcpFlags::SYN, &times(10, 0));
+        let syn_ack = segment(6, 100, TcpFlags::SYN | TcpFlags::ACK, &times(50, 10));
+        let mut track = Track::new(&syn.tcp().unwrap(), &syn_ack.tcp().unwrap());
+        track.lose();
+        assert_eq!(track.known(), None);
+        // More than half of the sequence space has passed elsewhere.
+        let far = 100 + (3 << 30);
+        track.on_remote(&segment(9_000, far, TcpFlags::ACK, &times(60, 12)).tcp().unwrap());
+        track.on_local(&segment(far, 9_000, TcpFlags::ACK, &[]).tcp().unwrap());
+        assert_eq!(track.known(), None, "a segment without timestamps is none of this connection's");
+        track.on_local(&segment(far, 9_000, TcpFlags::ACK | TcpFlags::FIN, &times(70, 60)).tcp().unwrap());
+        let known = track.known().unwrap();
+        assert_eq!((known.snd_una, known.snd_nxt), (SeqNumber(far), SeqNumber(far + 1)));
+        let exact = |seq, ack, value, echo| {
+            known.exact(&segment(seq, ack, TcpFlags::ACK, &times(value, echo)).tcp().unwrap())
+        };
+        assert!(exact(9_000, far + 1, 60, 70));
+        assert!(!exact(9_000, far + 1, 60, 69), "it may be older than what was said last");
+        assert!(!exact(9_001, far + 1, 60, 70) && !exact(9_000, far + 2, 60, 70) && !exact(9_000, far, 59, 70));
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::config::PlainReason;
 use super::path::PathKey;
+use super::settle::Settling;
 use crate::redirect::announce::Announcement;
 use crate::redirect::numbers::Track;
 use crate::time::Instant;
@@ -50,11 +51,12 @@ pub(super) struct Flow {
     pub(super) service: Option<u16>,
     /// What a confirmed connection may still be asked (§4, §5).
     pub(super) live: Option<Box<Live>>,
+    pub(super) settling: Settling,
 }
 
 impl Flow {
     pub(super) fn new(key: FlowKey, born: Mark, state: State) -> Flow {
-        Flow { key, born, state, timer: None, service: None, live: None }
+        Flow { key, born, state, timer: None, service: None, live: None, settling: Settling::default() }
     }
 }
 

@@ -63,9 +63,13 @@ impl Client {
         if let State::Redirected { service_port, .. } = flow.state {
             packet.set_destination_port(service_port);
         }
+        if let Some(after) = self.config.settle_after {
+            self.swaps.extend(flow.on_segment(after, packet, true));
+        }
+        let settled = flow.is_settled();
         let Some(live) = &mut flow.live else { return Action::Pass };
         let Some(tcp) = packet.tcp() else { return Action::Pass };
-        if let Some(track) = &mut live.track {
+        if let Some(track) = live.track.as_mut().filter(|_| !settled) {
             track.on_local(&tcp);
         }
         let closes = tcp.flags().intersects(TcpFlags::FIN | TcpFlags::RST);
@@ -88,8 +92,12 @@ impl Client {
     /// A segment of the network of a connection beyond its handshake, as the network addressed it; shown to the local
     /// TCP with the own port that it knows.
     pub(super) fn on_live_remote(&mut self, key: FlowKey, packet: &mut Packet, numbers: NumbersOf<'_>) {
+        let Some(flow) = self.flows.get_mut(&key) else { return };
+        if let Some(after) = self.config.settle_after {
+            self.swaps.extend(flow.on_segment(after, packet, false));
+        }
         let Some(tcp) = packet.tcp() else { return };
-        if self.flows.get(&key).is_none_or(|flow| flow.live.is_none()) {
+        if flow.live.is_none() {
             return;
         }
         let marked = tcp.header_len() > 20 && !tcp.flags().intersects(TcpFlags::SYN | TcpFlags::RST);
@@ -107,8 +115,10 @@ impl Client {
             }
             _ => {}
         }
-        let Some(live) = self.flows.get_mut(&key).and_then(|flow| flow.live.as_mut()) else { return };
-        if let Some((track, tcp)) = live.track.as_mut().zip(packet.tcp()) {
+        let Some(flow) = self.flows.get_mut(&key) else { return };
+        let settled = flow.is_settled();
+        let Some(live) = flow.live.as_mut() else { return };
+        if let Some((track, tcp)) = live.track.as_mut().filter(|_| !settled).zip(packet.tcp()) {
             track.on_remote(&tcp);
         }
         packet.set_destination_port(key.local.port());
@@ -133,6 +143,9 @@ impl Client {
         if on_redirect == OnRedirect::Ignore || again {
             return;
         }
+        // Its numbers have passed elsewhere. It comes back, and the repeated request (M1) can be judged.
+        self.swaps.extend(flow.unsettle());
+        let Some(live) = flow.live.as_mut() else { return };
         if !exact(live, key, packet, numbers) {
             self.counters.moves_inexact += 1;
             return;
@@ -205,6 +218,6 @@ impl Client {
 /// Whether a segment may ask or confirm anything (`M3`). The driver's numbers are better than those followed: a local
 /// TCP has received more than it has acknowledged.
 pub(super) fn exact(live: &Live, key: FlowKey, packet: &Packet, numbers: NumbersOf<'_>) -> bool {
-    let known = numbers(key.local, key.vip).or(live.track.as_ref().map(Track::numbers));
+    let known = numbers(key.local, key.vip).or(live.track.as_ref().and_then(Track::known));
     known.zip(packet.tcp()).is_some_and(|(known, tcp)| known.exact(&tcp))
 }

@@ -11,6 +11,7 @@ mod handover;
 mod handshake;
 mod path;
 mod rebind;
+mod settle;
 #[cfg(test)]
 mod tests;
 
@@ -30,6 +31,7 @@ pub use self::config::{
 };
 pub use self::flow::Mark;
 pub use self::path::{PathId, PathState};
+pub use self::settle::{Swap, SwapChange};
 
 /// Events kept for a driver that does not fetch them.
 const MAX_EVENTS: usize = 1024;
@@ -50,6 +52,7 @@ pub struct Client {
     timers: BTreeSet<(Instant, FlowKey)>,
     out: VecDeque<Transmit>,
     events: VecDeque<ClientEvent>,
+    swaps: VecDeque<SwapChange>,
     counters: ClientCounters,
 }
 
@@ -68,6 +71,7 @@ impl Client {
             timers: BTreeSet::new(),
             out: VecDeque::new(),
             events: VecDeque::new(),
+            swaps: VecDeque::new(),
             counters: ClientCounters::default(),
         }
     }
@@ -325,6 +329,7 @@ impl Client {
 
     /// Frees all names under which the network knows the flow.
     fn unlink(&mut self, flow: &mut Flow) {
+        self.swaps.extend(flow.unsettle());
         let service = flow.key.service(flow.present_port());
         for port in flow.live.iter().flat_map(|live| &live.own_ports) {
             self.services.remove(&(SocketAddr::new(flow.key.local.ip(), *port), service));
@@ -376,10 +381,11 @@ impl Client {
             return false;
         }
         let state = State::Redirected { service_port: record.service_port, irs: SeqNumber(record.irs) };
-        self.flows.insert(
-            key,
-            Flow { service: Some(record.service_port), ..Flow::new(key, self.next.take(), state) },
-        );
+        let mut flow = Flow { service: Some(record.service_port), ..Flow::new(key, self.next.take(), state) };
+        if self.config.settle_after.is_some() {
+            self.swaps.push_back(flow.settle());
+        }
+        self.flows.insert(key, flow);
         self.services.insert(service, key);
         true
     }

@@ -48,14 +48,17 @@ impl Client {
         if port == 0 || port == local.port() || taken {
             return Err(RebindError::Port(port));
         }
-        let numbers = numbers.or(live.track.as_ref().map(Track::numbers));
+        let numbers = numbers.or(live.track.as_ref().and_then(Track::known));
         let option = RedirectOption { redirect: true, port: Some(port), ..Default::default() };
         let announcement = Announcement::new(now, option, numbers);
         let give_up = now + self.config.rebind_timeout;
         self.services.insert((own, service), key);
-        if let Some(live) = self.flows.get_mut(&key).and_then(|flow| flow.live.as_mut()) {
-            live.own_ports.push(port);
-            live.rebind = Some(Rebind { port, announcement, give_up });
+        if let Some(flow) = self.flows.get_mut(&key) {
+            self.swaps.extend(flow.unsettle());
+            if let Some(live) = flow.live.as_mut() {
+                live.own_ports.push(port);
+                live.rebind = Some(Rebind { port, announcement, give_up });
+            }
         }
         self.schedule_rebind(key);
         Ok(())

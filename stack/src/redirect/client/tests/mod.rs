@@ -5,6 +5,7 @@ mod handshake;
 mod memory;
 mod model;
 mod moves;
+mod settle;
 mod tokens;
 
 use std::net::{IpAddr, SocketAddr};

@@ -2,15 +2,15 @@
 
 use super::*;
 
-const Z: u16 = 41_002;
+pub(super) const Z: u16 = 41_002;
 /// Where the connection stands: our 10 bytes are under way, the server has sent 20.
-const SND_UNA: SeqNumber = SeqNumber(1001);
-const SND_NXT: SeqNumber = SeqNumber(1011);
-const RCV_NXT: SeqNumber = SeqNumber(10_021);
+pub(super) const SND_UNA: SeqNumber = SeqNumber(1001);
+pub(super) const SND_NXT: SeqNumber = SeqNumber(1011);
+pub(super) const RCV_NXT: SeqNumber = SeqNumber(10_021);
 
 impl World {
     /// Redirected to Y, with data both ways.
-    fn established(&mut self) {
+    pub(super) fn established(&mut self) {
         self.reconnect(Some(self.local));
         let data = self.own(TcpFlags::ACK | TcpFlags::PSH, SND_UNA, RCV_NXT - 20, &[1; 10]);
         self.local(data);
@@ -21,13 +21,13 @@ impl World {
         self.events();
     }
 
-    fn own(&self, flags: TcpFlags, seq: SeqNumber, ack: SeqNumber, payload: &[u8]) -> Packet {
+    pub(super) fn own(&self, flags: TcpFlags, seq: SeqNumber, ack: SeqNumber, payload: &[u8]) -> Packet {
         let options = timestamps(TSVAL + 1, 5);
         let bare = Segment::bare(self.local, self.vip, flags);
         Segment { seq, ack, window: 500, options: &options, payload, ..bare }.emit()
     }
 
-    fn segment_of_server(
+    pub(super) fn segment_of_server(
         &self,
         port: u16,
         flags: TcpFlags,
@@ -46,7 +46,7 @@ impl World {
     }
 
     /// R P=`port` as the server at Y says it.
-    fn ask(&mut self, option: RedirectOption) -> Vec<ClientEvent> {
+    pub(super) fn ask(&mut self, option: RedirectOption) -> Vec<ClientEvent> {
         let packet = self.segment_of_server(Y, TcpFlags::ACK, RCV_NXT, SND_NXT, Some(option), &[]);
         assert!(self.remote(packet).is_some(), "the local TCP gets it in any case");
         self.events()

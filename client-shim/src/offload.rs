@@ -1,0 +1,205 @@
+//! What the kernel does by itself: the exchange of X and Y in settled connections (`C11`).
+//!
+//! The machine says which connections are settled ([`shunt_stack::redirect::SwapChange`]), the kernel's maps
+//! ([`shunt_host::swaps`]) take their data past the device. SYN, FIN, RST, segments with the option and ICMP errors still
+//! come to the machine. Additions wait a moment for company; what the machine takes back is gone before the packet leaves
+//! that made it do so, or the same ports could be another connection's.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::Serialize;
+use shunt_host::swaps::{MAX_SWAPS, PortSwap, PortSwaps};
+use shunt_stack::redirect::{Client, Swap, SwapChange};
+use tokio::time::Instant;
+
+use crate::config::{Config, Mode};
+
+/// Segments of a connection, both ways together, before the kernel gets it. Two entries of a map cost about as much as ten
+/// packets do here, so that short connections, of which there may be many in a second, are not worth it.
+pub(crate) const SETTLE_AFTER: u32 = 32;
+/// Additions wait so long for others: a transaction costs several times as much as what it adds.
+const BATCH: Duration = Duration::from_millis(5);
+
+/// Why the kernel does nothing by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Obstacle {
+    /// `[host] offload = "off"`.
+    Off,
+    /// A proxy's TCP is not the kernel's.
+    Proxy,
+    /// All packets are recorded.
+    Capture,
+    /// `notrack = false`.
+    Tracked,
+    /// The kernel refuses.
+    Kernel(String),
+}
+
+impl Obstacle {
+    /// `recorded`: whether a capture has to see every packet; `nft`: whether the kernel has nftables.
+    pub(crate) fn of(config: &Config, recorded: bool, nft: bool) -> Option<Obstacle> {
+        let all = [
+            (!config.host.offload, Obstacle::Off),
+            (config.mode == Mode::Proxy, Obstacle::Proxy),
+            (recorded, Obstacle::Capture),
+            (!config.notrack, Obstacle::Tracked),
+            (!nft, Obstacle::Kernel("it has no nftables".to_owned())),
+        ];
+        all.into_iter().find_map(|(stands, obstacle)| stands.then_some(obstacle))
+    }
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Obstacle::Off => f.write_str("switched off by `[host] offload = \"off\"`"),
+            Obstacle::Proxy => f.write_str("a proxy has a TCP of its own"),
+            Obstacle::Capture => f.write_str("a capture records every packet"),
+            Obstacle::Tracked => {
+                f.write_str("`notrack = false`: connection tracking would see two different connections")
+            }
+            Obstacle::Kernel(why) => write!(f, "the kernel refuses: {why}"),
+        }
+    }
+}
+
+/// What has been left to the kernel since the shim was started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct KernelCounters {
+    /// Connections left to it now.
+    pub(crate) connections: usize,
+    /// Connections that have been.
+    pub(crate) added: u64,
+    /// Those that have come back or ended.
+    pub(crate) removed: u64,
+    /// Those that stay in userspace because there are as many as there may be.
+    pub(crate) refused: u64,
+    /// Packets of the local TCP that it has passed on, a super-packet being one; an earlier run's, too, whose maps were
+    /// taken over.
+    pub(crate) packets_out: u64,
+    /// Their bytes, headers included.
+    pub(crate) bytes_out: u64,
+    /// Packets of the network.
+    pub(crate) packets_back: u64,
+    /// Their bytes.
+    pub(crate) bytes_back: u64,
+}
+
+/// What is left to the kernel, and what is about to be.
+pub(crate) struct Kernel {
+    swaps: Option<PortSwaps>,
+    obstacle: Option<Obstacle>,
+    /// By local socket and VIP: the port for the network.
+    waiting: HashMap<(SocketAddr, SocketAddr), u16>,
+    last: Instant,
+    failure: Option<String>,
+    counters: KernelCounters,
+}
+
+impl Kernel {
+    pub(crate) fn new(swaps: Option<PortSwaps>, obstacle: Option<Obstacle>) -> Self {
+        Self {
+            swaps,
+            obstacle,
+            waiting: HashMap::new(),
+            last: Instant::now(),
+            failure: None,
+            counters: KernelCounters::default(),
+        }
+    }
+
+    /// When the machine is to call connections settled.
+    pub(crate) fn settle_after(&self) -> Option<u32> {
+        self.swaps.as_ref().map(|_| SETTLE_AFTER)
+    }
+
+    /// Why nothing is left to the kernel; `None` if anything may be.
+    pub(crate) fn obstacle(&self) -> Option<&Obstacle> {
+        self.obstacle.as_ref()
+    }
+
+    /// Makes the kernel's maps just what the machine, which has begun anew, calls settled.
+    pub(crate) async fn take_over(&mut self, client: &mut Client) {
+        self.waiting.clear();
+        let gone: Vec<PortSwap> = self.collect(client);
+        let Some(swaps) = &self.swaps else { return };
+        let stays = |swap: &PortSwap| self.waiting.get(&(swap.local, swap.remote)) == Some(&swap.port);
+        let unknown = swaps.iter().filter(|swap| !stays(swap));
+        let gone = gone.into_iter().chain(unknown).collect();
+        self.change(gone).await;
+    }
+
+    /// Does what the machine says; what it takes back is gone when this returns.
+    pub(crate) async fn follow(&mut self, client: &mut Client) {
+        let gone = self.collect(client);
+        if !gone.is_empty() || self.due().is_some_and(|at| at <= Instant::now()) {
+            self.change(gone).await;
+        }
+    }
+
+    /// When [`follow`](Self::follow) wants to be called next.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        (!self.waiting.is_empty()).then(|| self.last + BATCH)
+    }
+
+    /// Why the kernel cannot be used any more, told once: its table must go.
+    pub(crate) fn take_failure(&mut self) -> Option<String> {
+        self.failure.take()
+    }
+
+    /// Hears the machine; what it takes back that may be in the maps.
+    fn collect(&mut self, client: &mut Client) -> Vec<PortSwap> {
+        let mut gone = Vec::new();
+        while let Some(change) = client.poll_swap() {
+            let Some(swaps) = &self.swaps else { continue };
+            match change {
+                SwapChange::Settled(Swap { local, vip, service_port }) => {
+                    if swaps.len() + self.waiting.len() < MAX_SWAPS {
+                        self.waiting.insert((local, vip), service_port);
+                    } else {
+                        self.counters.refused += 1;
+                    }
+                }
+                SwapChange::Unsettled(Swap { local, vip, service_port }) => {
+                    if self.waiting.remove(&(local, vip)).is_none() {
+                        gone.push(PortSwap { local, remote: vip, port: service_port });
+                    }
+                }
+            }
+        }
+        gone
+    }
+
+    async fn change(&mut self, gone: Vec<PortSwap>) {
+        let Some(swaps) = &mut self.swaps else { return };
+        let of = |((local, remote), port)| PortSwap { local, remote, port };
+        let new: Vec<PortSwap> = self.waiting.drain().map(of).collect();
+        self.last = Instant::now();
+        self.counters.removed += gone.iter().filter(|swap| swaps.contains(swap)).count() as u64;
+        self.counters.added += new.iter().filter(|swap| !swaps.contains(swap)).count() as u64;
+        if let Err(error) = swaps.change(&gone, &new).await {
+            self.swaps = None;
+            self.obstacle = Some(Obstacle::Kernel(error.to_string()));
+            self.failure = Some(error.to_string());
+        }
+    }
+
+    /// What was counted, the kernel's counters as they are now.
+    pub(crate) async fn counters(&mut self) -> &KernelCounters {
+        self.counters.connections = self.swaps.as_ref().map_or(0, PortSwaps::len);
+        if let Some(swaps) = &self.swaps {
+            match swaps.counts().await {
+                Ok(counts) => {
+                    let counters = &mut self.counters;
+                    (counters.packets_out, counters.bytes_out) = (counts.out.packets, counts.out.bytes);
+                    (counters.packets_back, counters.bytes_back) = (counts.back.packets, counts.back.bytes);
+                }
+                Err(error) => tracing::debug!(%error, "the kernel's counters cannot be read"),
+            }
+        }
+        &self.counters
+    }
+}

@@ -1,0 +1,108 @@
+//! C11: which connections a driver may hand to a fast path, such as the kernel's, and when it must take them back.
+//!
+//! A connection is *settled* once its handshake is over as far as redirection goes (for a handover: C10 has ended),
+//! enough segments have passed for it to be worth a fast path, and nothing under way needs the machine (§4, §5). Then the
+//! machine only exchanges ports, and has to see SYN, FIN, RST, segments with the option and ICMP errors, nothing else.
+
+use std::net::SocketAddr;
+
+use super::Client;
+use super::flow::{Flow, State};
+use crate::wire::{Packet, TcpFlags};
+
+/// The most a connection's return from the fast path doubles the segments that must pass before it may go there again:
+/// whoever guesses its ports can make it come back.
+const MOST_DOUBLINGS: u32 = 10;
+
+/// The ports of a settled connection: segments from `local` to `vip` go to `service_port`, segments from there come from
+/// `vip`. Where the server stayed on the port asked, the two ports are one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Swap {
+    /// The local socket.
+    pub local: SocketAddr,
+    /// The shared address and redirect port, as the program sees its peer.
+    pub vip: SocketAddr,
+    /// The service port, as the network sees it.
+    pub service_port: u16,
+}
+
+/// What a driver's fast path is told ([`Client::poll_swap`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SwapChange {
+    /// The fast path may carry the connection's segments, but for SYN, FIN, RST and those with the option.
+    Settled(Swap),
+    /// It may not any more. To be obeyed before anything that the machine passes or sends from now on leaves the driver:
+    /// the same ports may be another connection's next.
+    Unsettled(Swap),
+}
+
+/// How far a connection is from being settled.
+#[derive(Debug, Default)]
+pub(super) struct Settling {
+    seen: u32,
+    /// How often it came back.
+    returns: u32,
+    settled: bool,
+    /// The local TCP closes: not worth it any more.
+    closing: bool,
+}
+
+impl Client {
+    /// The next change to what a fast path may carry, in their order. There are some only with
+    /// [`ClientConfig::settle_after`](super::ClientConfig::settle_after); no more are kept than there are connections.
+    pub fn poll_swap(&mut self) -> Option<SwapChange> {
+        self.swaps.pop_front()
+    }
+}
+
+impl Flow {
+    pub(super) fn is_settled(&self) -> bool {
+        self.settling.settled
+    }
+
+    /// Counts a segment of a connection beyond its handshake.
+    pub(super) fn on_segment(&mut self, after: u32, packet: &Packet, local: bool) -> Option<SwapChange> {
+        let settling = &mut self.settling;
+        if settling.settled || settling.closing {
+            return None;
+        }
+        let closes = packet.tcp().is_some_and(|tcp| tcp.flags().intersects(TcpFlags::FIN | TcpFlags::RST));
+        settling.closing |= local && closes;
+        settling.seen = settling.seen.saturating_add(1);
+        let enough = settling.seen >= after.saturating_mul(1 << settling.returns);
+        (enough && !closes && self.only_swaps()).then(|| self.settle())
+    }
+
+    /// Whether nothing but the exchange of ports is left to do.
+    fn only_swaps(&self) -> bool {
+        let idle = self.live.as_ref().is_none_or(|live| {
+            live.rebind.is_none()
+                && live.wire_port.is_none()
+                && live.own_ports.is_empty()
+                && live.close.is_none()
+        });
+        idle && matches!(self.state, State::Redirected { .. } | State::Direct { .. })
+    }
+
+    pub(super) fn settle(&mut self) -> SwapChange {
+        self.settling.settled = true;
+        SwapChange::Settled(self.swap())
+    }
+
+    /// Takes a settled connection back; its numbers are those of long ago.
+    pub(super) fn unsettle(&mut self) -> Option<SwapChange> {
+        if !std::mem::take(&mut self.settling.settled) {
+            return None;
+        }
+        self.settling.seen = 0;
+        self.settling.returns = (self.settling.returns + 1).min(MOST_DOUBLINGS);
+        if let Some(track) = self.live.as_mut().and_then(|live| live.track.as_mut()) {
+            track.lose();
+        }
+        Some(SwapChange::Unsettled(self.swap()))
+    }
+
+    fn swap(&self) -> Swap {
+        Swap { local: self.key.local, vip: self.key.vip, service_port: self.present_port() }
+    }
+}
