@@ -77,8 +77,7 @@ pub(crate) struct KernelCounters {
     pub(crate) removed: u64,
     /// Those that stay in userspace because there are as many as there may be.
     pub(crate) refused: u64,
-    /// Packets of the local TCP that it has passed on, a super-packet being one; an earlier run's, too, whose maps were
-    /// taken over.
+    /// Packets of the local TCP that it has passed on, a super-packet being one.
     pub(crate) packets_out: u64,
     /// Their bytes, headers included.
     pub(crate) bytes_out: u64,
@@ -201,5 +200,37 @@ impl Kernel {
             }
         }
         &self.counters
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shunt_host::Source;
+
+    use super::*;
+
+    #[test]
+    fn every_obstacle_is_told_in_words() {
+        let obstacle = |extra: &str, recorded, nft| {
+            let proxy = if extra.contains("proxy") { "[proxy]\nsocks5 = \"127.0.0.1:1080\"\n" } else { "" };
+            let (keys, host) = extra.split_once("[host]").unwrap_or((extra, ""));
+            let text = format!(
+                "role = \"client\"\n{keys}\n[[vip]]\naddress = \"203.0.113.10\"\n{proxy}[host]\n{host}\n"
+            );
+            let config = Config::from_source(&Source::new("client.toml", text)).unwrap();
+            Obstacle::of(&config, recorded, nft).map(|obstacle| obstacle.to_string())
+        };
+        assert_eq!(obstacle("", false, true), None);
+        assert_eq!(obstacle("[host]offload = \"auto\"", false, true), None);
+        for (extra, recorded, nft, words) in [
+            ("[host]offload = \"off\"", false, true, "switched off"),
+            ("mode = \"proxy\"", false, true, "a TCP of its own"),
+            ("", true, true, "a capture"),
+            ("notrack = false", false, true, "connection tracking"),
+            ("", false, false, "no nftables"),
+        ] {
+            let told = obstacle(extra, recorded, nft).unwrap();
+            assert!(told.contains(words), "{told}");
+        }
     }
 }

@@ -118,12 +118,12 @@ impl Session {
         self.replace().await
     }
 
-    /// What the kernel does by itself, with what an earlier run left there.
+    /// The way to what the kernel does by itself.
     ///
     /// # Errors
-    /// The kernel does not say.
-    pub(crate) async fn kernel(&self) -> Result<Kernel, HostError> {
-        Ok(Kernel::new(self.host.port_swaps().await?, self.obstacle.clone()))
+    /// The kernel gives no socket.
+    pub(crate) fn kernel(&self) -> Result<Kernel, HostError> {
+        Ok(Kernel::new(self.host.port_swaps()?, self.obstacle.clone()))
     }
 
     pub(crate) fn config(&self) -> &Config {

@@ -451,4 +451,20 @@ mod tests {
         let changes = changes(&config(""), &Paths::default(), &Facts { nft: true, ..Facts::default() });
         assert_eq!(rules(&changes).count(), 0);
     }
+    #[test]
+    fn c11_what_the_kernel_has_swapped_goes_past_the_device_and_errors_of_routers_do_not() {
+        let facts = Facts { nft: true, offload: true, ..Facts::default() };
+        let config = config("");
+        let changes = changes(&config, &paths(), &facts);
+        let marked: Vec<&Rule> = rules(&changes).filter(|rule| rule.mark.is_some()).collect();
+        let to_device = marked.iter().find(|rule| rule.from.is_none() && rule.to.is_none()).unwrap();
+        for vip in config.vips() {
+            let out = marked.iter().find(|rule| rule.to == Some(Prefix::host(vip))).unwrap();
+            assert_eq!((out.interface.as_deref(), out.table), (Some("lo"), config.host.table + table::OUT));
+            let back = marked.iter().find(|rule| rule.from == Some(Prefix::host(vip))).unwrap();
+            assert_eq!((back.protocol, back.table), (Some(6), LOCAL));
+            assert!(out.preference < to_device.preference && back.preference < to_device.preference);
+        }
+        assert!(matches!(changes.last(), Some(Change::SwapTable(_))));
+    }
 }

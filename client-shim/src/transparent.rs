@@ -69,7 +69,7 @@ struct Driver {
 
 impl Driver {
     async fn start(session: &Session, device: &impl Device) -> Result<Self, Error> {
-        let kernel = session.kernel().await?;
+        let kernel = session.kernel()?;
         if let Some(why) = kernel.obstacle() {
             tracing::info!(%why, "the kernel exchanges no ports by itself");
         }

@@ -55,7 +55,6 @@ impl Change {
                 | Change::Route(Route { target: Target::Blackhole, .. })
                 | Change::Sysctl(_)
                 | Change::Offload(_)
-                | Change::SwapTable(_)
         )
     }
 

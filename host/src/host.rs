@@ -309,7 +309,6 @@ impl Host {
             match &entry.change {
                 // Its maps are not in the journal. If it was never made, removing it is no error.
                 Change::Offload(_) => continue,
-                Change::SwapTable(_) if nft::there(&self.swaps_table()).await? => continue,
                 Change::Sysctl(sysctl) => stays.insert(sysctl.key.clone()),
                 _ => false,
             };
@@ -320,9 +319,7 @@ impl Host {
         if !self.changes().any(|change| matches!(change, Change::Offload(_))) {
             table += usize::from(nft::remove(&self.maps_table()).await?);
         }
-        if !self.changes().any(|change| matches!(change, Change::SwapTable(_))) {
-            table += usize::from(nft::remove(&self.swaps_table()).await?);
-        }
+        table += usize::from(nft::remove(&self.swaps_table()).await?);
         let mut ledger = self.files.ledger().await?;
         ledger.release_all_but(&stays)?;
         if ledger.release_local_last()? {
@@ -370,18 +367,18 @@ impl Host {
         })
     }
 
-    /// The swaps of the standing [`SwapTable`](crate::SwapTable), those that an earlier session left in it, too; `None` if there is no such
-    /// table.
+    /// The way to the swaps of the standing [`SwapTable`](crate::SwapTable), asked for once, while it is empty; `None` if
+    /// there is no such table.
     ///
     /// # Errors
-    /// The kernel does not answer.
-    pub async fn port_swaps(&self) -> Result<Option<PortSwaps>, HostError> {
+    /// The kernel gives no socket.
+    pub fn port_swaps(&self) -> Result<Option<PortSwaps>, HostError> {
         let table = self.changes().find_map(|change| match change {
             Change::SwapTable(table) => Some(table.clone()),
             _ => None,
         });
         match table {
-            Some(table) => PortSwaps::open(self.swaps_table(), table).await.map(Some),
+            Some(table) => PortSwaps::open(self.swaps_table(), table).map(Some),
             None => Ok(None),
         }
     }

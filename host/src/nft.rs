@@ -73,11 +73,6 @@ pub(crate) async fn exists(nft: &Connection<Nftables>, table: &str) -> Result<bo
     Ok(listed.iter().any(|listed| listed.name.as_str() == table))
 }
 
-/// The same, asked on a socket of its own.
-pub(crate) async fn there(table: &str) -> Result<bool, HostError> {
-    exists(&connect()?, table).await
-}
-
 /// Removes the table; says whether it was there. A kernel without nftables has none.
 pub(crate) async fn remove(table: &str) -> Result<bool, HostError> {
     let Ok(nft) = connect() else { return Ok(false) };

@@ -12,8 +12,8 @@ use nlink::Connection;
 use nlink::netlink::Nftables;
 use nlink::netlink::nftables::{
     BaseChain, Chain, Expr, ExthdrOp, Family as Table, FilterHook, LookupExpr, Object, ObjectState,
-    PayloadBase, PayloadCsum, Priority, Register, Rule, Set, SetDataType, SetElement, SetElementData,
-    SetKeyType, Transaction, Verdict,
+    PayloadBase, PayloadCsum, Priority, Register, Rule, Set, SetDataType, SetElement, SetKeyType,
+    Transaction, Verdict,
 };
 use serde::{Deserialize, Serialize};
 
@@ -210,26 +210,8 @@ pub struct PortSwaps {
 }
 
 impl PortSwaps {
-    pub(crate) async fn open(table: String, made: SwapTable) -> Result<Self, HostError> {
-        let mut swaps = Self { nft: connect()?, table, made, standing: HashMap::new() };
-        swaps.look().await?;
-        Ok(swaps)
-    }
-
-    /// Reads what an earlier run has left.
-    async fn look(&mut self) -> Result<(), HostError> {
-        for family in Family::BOTH {
-            let name = map_name(family, OUT);
-            let elements = self.nft.list_set_elements(&self.table, &name, Table::Inet).await;
-            for element in elements.map_err(|error| self.failed("read", error))? {
-                if let (Some((local, remote)), Some(port)) =
-                    (ends(element.key(), family), element.data().and_then(port))
-                {
-                    self.standing.insert((local, remote), port);
-                }
-            }
-        }
-        Ok(())
+    pub(crate) fn open(table: String, made: SwapTable) -> Result<Self, HostError> {
+        Ok(Self { nft: connect()?, table, made, standing: HashMap::new() })
     }
 
     fn failed(&self, what: &str, error: nlink::Error) -> HostError {
@@ -341,16 +323,4 @@ impl PortSwaps {
         }
         Ok(counts)
     }
-}
-
-/// What [`key`] was made of.
-fn ends(key: &[u8], family: Family) -> Option<(SocketAddr, SocketAddr)> {
-    let len = place(End::Source, family).1 as usize + 4;
-    let end = |key: &[u8]| crate::maps::socket(key, family);
-    Some((end(key.get(..len)?)?, end(key.get(len..)?)?))
-}
-
-fn port(data: &SetElementData) -> Option<u16> {
-    let SetElementData::Value(value) = data else { return None };
-    value.first_chunk::<2>().map(|octets| u16::from_be_bytes(*octets))
 }

@@ -4,3 +4,4 @@ mod divert;
 mod host;
 mod offload;
 mod query;
+mod swaps;
