@@ -85,7 +85,10 @@ fn c11_transfers_are_whole_and_the_shim_sees_little_of_them() {
             assert!(done.redirected, "{done:?}");
             let after = packets(&net);
             let (here, kernel) = (after.here - before.here, after.kernel - before.kernel);
-            println!("{family:?} {way:?}: {here} packets here, {kernel} by the kernel, {:.0} Mbit/s", done.megabits());
+            println!(
+                "{family:?} {way:?}: {here} packets here, {kernel} by the kernel, {:.0} Mbit/s",
+                done.megabits()
+            );
             // Super-packets hold at most 64 KiB.
             assert!(kernel >= 64 * MIB / 65_536 / 2, "{kernel} packets by the kernel\n{}", net.logs());
             assert!(after.bytes - before.bytes > 32 * MIB, "{before:?} {after:?}");
@@ -180,7 +183,8 @@ fn transfers_survive_an_orderly_restart_and_a_reload_and_are_left_to_the_kernel_
     assert_eq!(standing(&net), 4);
     let shim = net.shim.as_ref().expect("it runs");
     shim.signal(shunt_lab::Signal::SIGHUP).expect("a signal");
-    let reloaded = || net.shim.as_ref().is_some_and(|shim| shim.log().is_ok_and(|log| log.contains("reloaded")));
+    let reloaded =
+        || net.shim.as_ref().is_some_and(|shim| shim.log().is_ok_and(|log| log.contains("reloaded")));
     wait_until("the reload", &net, reloaded);
     let now = packets(&net);
     assert_eq!(standing(&net), 4);
@@ -241,7 +245,8 @@ fn c12_a_port_that_is_used_again_never_meets_the_server_of_before() {
     let mut servers = BTreeMap::new();
     for number in 0..12 {
         let family = Family::BOTH[number % 2];
-        let transfer = net.start_transfer(family, Way::BOTH[number / 2 % 2], &file, &["--local-port", "40000"]);
+        let transfer =
+            net.start_transfer(family, Way::BOTH[number / 2 % 2], &file, &["--local-port", "40000"]);
         let done = net.finish(transfer);
         assert!(done.redirected, "{done:?}");
         *servers.entry(done.server).or_insert(0) += 1;

@@ -10,15 +10,18 @@ use std::net::IpAddr;
 
 use shunt_host::change::{LOCAL, Link, Route, Rule, Sysctl};
 use shunt_host::options::{PREFERENCES, TABLES};
+use shunt_host::query::NextHop;
 use shunt_host::{
     Change, Divert, Family, HostOptions, PortRange, Prefix, QuotedMatch, SegmentMatch, SwapTable,
 };
 
-use crate::config::Config;
+use crate::config::{Config, Hold};
 use crate::paths::Paths;
 
 /// The least MTU of IPv6 (RFC 8200 §5), and of the device.
 const LEAST_MTU: u32 = 1280;
+/// Behind the metrics that routes have which are given none.
+const LAST_METRIC: u32 = 4096;
 
 /// Our tables, from [`HostOptions::table`] on.
 mod table {
@@ -211,7 +214,23 @@ impl Setup<'_> {
             if self.config.proxy.is_none() {
                 changes.push(Route::device(self.table(table::APP), vip, device).source(hop.source).into());
             }
+            if self.holds() {
+                changes.push(self.in_absence(vip, hop).into());
+            }
         }
+    }
+
+    /// Whether what the kernel does by itself has to go on while all else is held back.
+    fn holds(&self) -> bool {
+        self.facts.offload && self.config.hold != Hold::Never
+    }
+
+    /// Where the host's own TCP finds a way while the device is gone: a segment is swapped only once it has one, and the
+    /// guard's blackhole is none. What is not swapped then is dropped ([`Divert::held`]).
+    fn in_absence(&self, vip: IpAddr, hop: &NextHop) -> Route {
+        let way = Route::device(self.table(table::APP), vip, &hop.interface).via(hop.gateway);
+        let way = if hop.gateway.is_some() { way.on_link() } else { way };
+        way.source(hop.source).metric(LAST_METRIC)
     }
 
     fn leaving_the_device(&self, changes: &mut Vec<Change>) {
@@ -291,6 +310,9 @@ impl Setup<'_> {
             }],
             ..Divert::default()
         };
+        if self.holds() {
+            divert.held.clone_from(&vips);
+        }
         if self.config.notrack && !vips.is_empty() {
             self.untrack(&vips, &mut divert);
         }
@@ -331,7 +353,6 @@ impl Setup<'_> {
 #[cfg(test)]
 mod tests {
     use shunt_host::Source;
-    use shunt_host::query::NextHop;
 
     use super::*;
     use crate::paths::Path;
@@ -466,5 +487,24 @@ mod tests {
             assert!(out.preference < to_device.preference && back.preference < to_device.preference);
         }
         assert!(matches!(changes.last(), Some(Change::SwapTable(_))));
+    }
+
+    #[test]
+    fn c12_without_its_device_what_is_swapped_finds_a_way_and_the_rest_none() {
+        let in_absence = |extra: &str, offload| {
+            let facts = Facts { nft: true, offload, ..Facts::default() };
+            let config = config(extra);
+            let changes = changes(&config, &paths(), &facts);
+            let fallback =
+                |change: &&Change| matches!(change, Change::Route(route) if route.metric.is_some());
+            let held = changes.iter().find_map(|change| match change {
+                Change::Divert(divert) => Some(divert.held.len()),
+                _ => None,
+            });
+            (changes.iter().filter(fallback).count(), held.unwrap())
+        };
+        assert_eq!(in_absence("", true), (2, 2));
+        assert_eq!(in_absence("hold = \"never\"", true), (0, 0));
+        assert_eq!(in_absence("", false), (0, 0));
     }
 }

@@ -135,6 +135,10 @@ pub struct Divert {
     /// Every segment of these is marked: on arrival, and when this host sends it.
     #[serde(default)]
     pub connections: Vec<TcpConnection>,
+    /// TCP segments that this host sends to one of these without the mark are dropped unless they leave by
+    /// `except_interface`: they were to, but it is gone.
+    #[serde(default)]
+    pub held: Vec<IpAddr>,
     /// Kept out of connection tracking on arrival, from whatever interface.
     pub untracked_incoming: Vec<SegmentMatch>,
     /// Kept out of connection tracking when this host sends them.

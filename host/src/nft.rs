@@ -24,6 +24,7 @@ const PREROUTING: &str = "prerouting";
 const OUTPUT: &str = "output";
 const RAW_PREROUTING: &str = "raw_prerouting";
 const RAW_OUTPUT: &str = "raw_output";
+const HELD: &str = "held";
 
 pub(crate) fn connect() -> Result<Connection<Nftables>, HostError> {
     Connection::<Nftables>::new().map_err(|error| HostError::netlink("open an nftables socket", error))
@@ -166,6 +167,7 @@ impl<'a> Build<'a> {
                 self.packets(family, packets, mark)?;
             }
         }
+        self.held(divert)?;
         for (chain, segments) in
             [(RAW_PREROUTING, &divert.untracked_incoming), (RAW_OUTPUT, &divert.untracked_outgoing)]
         {
@@ -212,6 +214,8 @@ impl<'a> Build<'a> {
                 RAW_OUTPUT,
                 BaseChain::filter(FilterHook::Output, Priority::Raw),
             ),
+            // After every chain that marks.
+            (!divert.held.is_empty(), HELD, BaseChain::filter(FilterHook::Output, Priority::Filter)),
         ];
         for (needed, name, base) in chains {
             if needed {
@@ -224,6 +228,21 @@ impl<'a> Build<'a> {
             transaction = transaction.add_rule(rule);
         }
         Ok(transaction)
+    }
+
+    fn held(&mut self, divert: &Divert) -> Result<(), HostError> {
+        if divert.held.is_empty() {
+            return Ok(());
+        }
+        if let Some(interface) = &divert.except_interface {
+            self.rules.push(self.rule(HELD).match_oif(interface).accept());
+        }
+        self.rules.push(self.rule(HELD).match_mark_masked(divert.mark, divert.mask).accept());
+        let held = SegmentMatch {
+            destination: divert.held.iter().copied().map(Prefix::host).collect(),
+            ..SegmentMatch::default()
+        };
+        self.segment(HELD, &held, Rule::drop)
     }
 
     fn rule(&self, chain: &str) -> Rule {

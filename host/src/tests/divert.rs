@@ -3,6 +3,9 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::Mark;
+use tokio::net::TcpSocket;
 use tun_tap::Iface;
 
 use crate::change::{Link, Route, Rule, Sysctl};
@@ -305,6 +308,39 @@ fn icmp_errors_are_diverted_by_the_quoted_segment() {
             let echo = if own.contains(':') { 128 } else { 8 };
             assert!(!lab.diverts(&icmp_error(router, own, echo, &to_vip)));
             assert!(!lab.diverts(&icmp_error(router, own, kinds[0], &to_vip[..16])));
+        }
+    });
+}
+
+#[test]
+fn what_is_held_leaves_with_the_mark_or_by_its_device_alone() {
+    in_namespace(async || {
+        for (except, passes_unmarked) in [("gone0", false), ("wire0", true)] {
+            let vips = ["203.0.113.10", "2001:db8:1::10"].map(ip);
+            let lab = Lab::new(|options| Divert {
+                mark: options.mark,
+                mask: options.mark_mask,
+                except_interface: Some(except.to_owned()),
+                held: vips.into(),
+                ..Divert::default()
+            })
+            .await;
+            let mark = lab.host.options().mark;
+            let leaves = async |to: IpAddr, mark: u32| {
+                let device = if mark == 0 { &lab.wire } else { &lab.shunt };
+                while received(device, Duration::from_millis(2)).is_some() {}
+                let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.unwrap();
+                setsockopt(&socket, Mark, &mark).unwrap();
+                let connect = socket.connect((to, 443).into());
+                let _ = tokio::time::timeout(Duration::from_millis(20), connect).await;
+                received(device, Duration::from_millis(20)).is_some()
+            };
+            for vip in vips {
+                assert_eq!(leaves(vip, 0).await, passes_unmarked, "{vip} {except}");
+                assert!(leaves(vip, mark).await, "{vip} {except}");
+            }
+            assert!(leaves(ip("203.0.113.11"), 0).await, "nobody holds that");
+            lab.host.close().await.unwrap();
         }
     });
 }

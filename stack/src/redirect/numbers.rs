@@ -145,7 +145,8 @@ impl Track {
     /// than too little: SND.UNA is its SEQ, and the peer must echo its `TSval` first.
     fn find(&mut self, tcp: &TcpView<'_>) {
         let numbers = &mut self.numbers;
-        if !tcp.flags().contains(TcpFlags::ACK) || numbers.timestamps.is_some() && tcp.timestamps().is_none() {
+        if !tcp.flags().contains(TcpFlags::ACK) || numbers.timestamps.is_some() && tcp.timestamps().is_none()
+        {
             return;
         }
         (numbers.snd_una, numbers.snd_nxt) = (tcp.seq(), tcp.seq() + tcp.sequence_len());
@@ -293,6 +294,8 @@ mod tests {
         };
         assert!(exact(9_000, far + 1, 60, 70));
         assert!(!exact(9_000, far + 1, 60, 69), "it may be older than what was said last");
-        assert!(!exact(9_001, far + 1, 60, 70) && !exact(9_000, far + 2, 60, 70) && !exact(9_000, far, 59, 70));
+        assert!(
+            !exact(9_001, far + 1, 60, 70) && !exact(9_000, far + 2, 60, 70) && !exact(9_000, far, 59, 70)
+        );
     }
 }
