@@ -9,9 +9,7 @@ use shunt_stack::wire::{Packet, RedirectOption, observed_digest};
 
 use crate::Balancer;
 use crate::config::{Config, Transport};
-use crate::route::{Decision, Route};
 use crate::select::SelectKey;
-use crate::table::Vip;
 
 /// What answers offer and keep to. No client sends a segment after the SYN-ACK: it goes on at the service port, where
 /// the server says its own.
@@ -34,15 +32,6 @@ impl Balancer {
 
     fn asked(&self, packet: &Packet) -> Option<RedirectOption> {
         packet.tcp()?.redirect(self.table.exid).ok().flatten()
-    }
-
-    /// The route of a packet for a VIP, where the balancer answers it itself.
-    pub(crate) fn answered(&self, vip: &Vip, packet: &Packet, route: Route) -> Route {
-        let Route::ToServer { server, decision: Decision::Selected } = route else { return route };
-        let asked = packet.tcp().map(|tcp| tcp.destination_port());
-        let set = asked.and_then(|port| self.table.set(vip, Transport::Tcp, port));
-        let port = set.and_then(|set| set.answer(server));
-        port.map_or(route, |port| Route::Redirect { server, port })
     }
 
     /// The SYN-ACK that sends a client to `port`. To a client that would hand over it says no O: nothing is half-open

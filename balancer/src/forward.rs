@@ -3,14 +3,14 @@
 //!
 //! Checksums follow incrementally: right ones stay right, wrong ones wrong.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use shunt_stack::wire::{Packet, too_big};
 
 use crate::Balancer;
 use crate::config::ForwardMode;
 use crate::icmp::echo_reply;
-use crate::route::{DropReason, Route};
+use crate::route::{Decision, DropReason, Route};
 use crate::table::ServerId;
 
 /// Where a packet leaves.
@@ -40,43 +40,22 @@ impl Balancer {
     /// [`DropReason::Family`], or that it does not go into a tunnel; the packet is unchanged.
     pub fn forward(&self, route: Route, packet: &mut Packet) -> Result<Output, DropReason> {
         match route {
-            Route::ToServer { server, .. } if self.table.forward.uses_devices() => {
-                return Ok(Output::Server(server));
+            Route::ToServer { server, decision }
+                if self.table.forward == ForwardMode::Network && !decision.quotes_vip() =>
+            {
+                self.to_address(server, packet)
             }
-            Route::ToServer { server, .. } if self.table.forward == ForwardMode::Gue => {
-                return self.tunnel(server, packet);
-            }
-            Route::ToServer { server, decision } => {
-                let vip = packet.destination();
-                let address = self.table.address(server, vip).ok_or(DropReason::Family(server))?;
-                if decision.quotes_vip() {
-                    let quoted = packet.icmp().and_then(|icmp| icmp.quoted());
-                    if let Some(quoted) = quoted {
-                        packet.set_quoted_source(SocketAddr::new(address, quoted.source_port));
-                    }
-                }
-                packet.set_destination(address);
-            }
-            Route::ToClient { vip, server } => {
-                if vip.is_ipv4() != packet.source().is_ipv4() {
-                    return Err(DropReason::Family(server));
-                }
-                self.confirm(packet);
-                packet.set_source(vip);
-            }
-            Route::ErrorToClient { vip, server } => {
-                let Some(quoted) = packet.icmp().and_then(|icmp| icmp.quoted()) else {
-                    return Ok(Output::Main);
-                };
-                if vip.is_ipv4() != packet.source().is_ipv4() {
-                    return Err(DropReason::Family(server));
-                }
-                packet.set_quoted_destination(SocketAddr::new(vip, quoted.destination_port));
-                // A router's error keeps the router's address, the server's own must not show the server.
-                if packet.source() == quoted.destination {
-                    packet.set_source(vip);
-                }
-            }
+            Route::ToServer { server, decision } => self.to_server(server, decision, packet),
+            Route::ToClient { vip, server } => self.to_client(vip, server, packet),
+            other => self.of_our_own(other, packet),
+        }
+    }
+
+    /// All but what passes between clients and servers.
+    #[inline(never)]
+    fn of_our_own(&self, route: Route, packet: &mut Packet) -> Result<Output, DropReason> {
+        match route {
+            Route::ErrorToClient { vip, server } => error_to_client(vip, server, packet)?,
             Route::Answer => {
                 if let Some(reply) = echo_reply(packet) {
                     *packet = reply;
@@ -86,8 +65,63 @@ impl Balancer {
                 *packet = self.redirecting(packet, port).ok_or(DropReason::Unanswerable)?;
             }
             Route::TooBig { mtu } => *packet = too_big(packet, mtu).ok_or(DropReason::TooBig(mtu))?,
-            Route::Unchanged => {}
+            Route::ToServer { .. } | Route::ToClient { .. } | Route::Unchanged => {}
         }
         Ok(Output::Main)
     }
+
+    #[inline(never)]
+    fn to_client(&self, vip: IpAddr, server: ServerId, packet: &mut Packet) -> Result<Output, DropReason> {
+        if vip.is_ipv4() != packet.source().is_ipv4() {
+            return Err(DropReason::Family(server));
+        }
+        self.confirm(packet);
+        packet.set_source(vip);
+        Ok(Output::Main)
+    }
+
+    /// To a server otherwise than by rewriting the destination alone.
+    #[inline(never)]
+    fn to_server(
+        &self,
+        server: ServerId,
+        decision: Decision,
+        packet: &mut Packet,
+    ) -> Result<Output, DropReason> {
+        match self.table.forward {
+            ForwardMode::Network => {}
+            ForwardMode::Direct | ForwardMode::Datalink => return Ok(Output::Server(server)),
+            ForwardMode::Gue => return self.tunnel(server, packet),
+        }
+        // I1: to the server, its own address is in what the error quotes.
+        let quoted = packet.icmp().filter(|_| decision.quotes_vip()).and_then(|icmp| icmp.quoted());
+        let address = self.table.address(server, packet.destination());
+        if let (Some(quoted), Some(address)) = (quoted, address) {
+            packet.set_quoted_source(SocketAddr::new(address, quoted.source_port));
+        }
+        self.to_address(server, packet)
+    }
+
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "it is in the way of nearly every packet")]
+    fn to_address(&self, server: ServerId, packet: &mut Packet) -> Result<Output, DropReason> {
+        match self.table.targets.get(server.index()) {
+            Some(target) if packet.set_destination_host(&target.addresses) => Ok(Output::Main),
+            _ => Err(DropReason::Family(server)),
+        }
+    }
+}
+
+/// `I5`: to the client, the VIP is in what the error quotes.
+fn error_to_client(vip: IpAddr, server: ServerId, packet: &mut Packet) -> Result<(), DropReason> {
+    let Some(quoted) = packet.icmp().and_then(|icmp| icmp.quoted()) else { return Ok(()) };
+    if vip.is_ipv4() != packet.source().is_ipv4() {
+        return Err(DropReason::Family(server));
+    }
+    packet.set_quoted_destination(SocketAddr::new(vip, quoted.destination_port));
+    // A router's error keeps the router's address, the server's own must not show the server.
+    if packet.source() == quoted.destination {
+        packet.set_source(vip);
+    }
+    Ok(())
 }

@@ -31,6 +31,7 @@ mod icmp;
 pub mod limit;
 pub mod maglev;
 pub mod offload;
+mod places;
 mod qos;
 pub mod route;
 pub mod select;

@@ -3,7 +3,7 @@
 //!
 //! (`round-robin` counts its turns; it decides about SYNs only, which `B6` leaves free, and about datagrams, one by one.)
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use serde::Serialize;
 use shunt_stack::redirect::TokenRefusal;
@@ -246,15 +246,31 @@ impl Balancer {
     /// # Errors
     /// Why it is dropped.
     pub fn route(&self, packet: &Packet) -> Result<Route, DropReason> {
-        let table = &self.table;
-        let Some(vip) = table.vip(packet.destination()) else {
-            return Ok(self.way_back(packet).unwrap_or(Route::Unchanged));
-        };
-        if self.table.is_administrators(vip, packet) {
-            return Ok(Route::Unchanged);
+        match packet.destination() {
+            IpAddr::V4(address) => self.route_to(IpAddr::V4(address), packet),
+            IpAddr::V6(address) => self.route_v6(address, packet),
         }
-        let route = self.inbound(vip, packet).map(|route| self.answered(vip, packet, route));
-        route.or_else(|reason| default_server(vip, reason))
+    }
+
+    /// Apart, because 128 bits take registers that IPv4 needs not save.
+    #[inline(never)]
+    fn route_v6(&self, address: Ipv6Addr, packet: &Packet) -> Result<Route, DropReason> {
+        self.route_to(IpAddr::V6(address), packet)
+    }
+
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "it is in the way of every packet")]
+    fn route_to(&self, destination: IpAddr, packet: &Packet) -> Result<Route, DropReason> {
+        let Some(vip) = self.table.vip(destination) else { return self.outbound(packet) };
+        // Most are segments of established connections; nothing of what the others need is in their way.
+        if !self.table.has_admin_ports()
+            && let Some(tcp) = packet.tcp()
+            && !tcp.is_syn()
+            && let Some(server) = vip.owner(Transport::Tcp, tcp.destination_port())
+        {
+            return Ok(Route::ToServer { server, decision: Decision::Owner });
+        }
+        self.inbound(vip, packet)
     }
 
     /// Decides about a packet whose headers above IP cannot be read (`B4`): `packet` was taken as opaque.
@@ -266,57 +282,62 @@ impl Balancer {
         default_server(vip, DropReason::Parse(error))
     }
 
-    /// `B1` to `B3` and their like for other protocols; an error falls to `B4`.
+    /// `B1` to `B4` and their like for other protocols.
+    #[inline(never)]
     fn inbound(&self, vip: &Vip, packet: &Packet) -> Result<Route, DropReason> {
-        let found = match (packet.protocol(), packet.fragment()) {
-            (Protocol::Other(number), _) => self.portless(vip, packet, number),
+        if self.table.is_administrators(vip, packet) {
+            return Ok(Route::Unchanged);
+        }
+        let decided = match (packet.protocol(), packet.fragment()) {
+            (Protocol::Other(number), _) => self.portless(vip, packet, number).map(to_server),
             (_, Some(fragment)) if fragment.offset != 0 => {
                 Err(DropReason::LaterFragment(fragment.identification))
             }
-            _ => {
-                if let Some(icmp) = packet.icmp() {
-                    return self.icmp(vip, packet, icmp);
-                }
-                match packet.tcp() {
-                    Some(tcp) => self.segment(vip, packet, tcp),
-                    None => self.datagram(vip, packet),
-                }
-            }
+            _ => match (packet.tcp(), packet.icmp()) {
+                (Some(tcp), _) => self.segment(vip, packet, tcp),
+                (_, Some(icmp)) => self.icmp(vip, packet, icmp),
+                _ => self.datagram(vip, packet).map(to_server),
+            },
         };
-        found.map(|(server, decision)| Route::ToServer { server, decision })
+        decided.or_else(|reason| default_server(vip, reason))
     }
 
     /// `B1` to `B3`, in order.
-    fn segment(
-        &self,
-        vip: &Vip,
-        packet: &Packet,
-        tcp: TcpView<'_>,
-    ) -> Result<(ServerId, Decision), DropReason> {
+    fn segment(&self, vip: &Vip, packet: &Packet, tcp: TcpView<'_>) -> Result<Route, DropReason> {
         let port = tcp.destination_port();
         let set = self.table.set(vip, Transport::Tcp, port);
-        let client = SocketAddr::new(packet.source(), tcp.source_port());
         if let Some(set) = set
             && self.asks_for_redirect(tcp)
             && (!set.is_answered_here() || self.can_redirect(packet))
         {
-            let select = set.select.as_ref().ok_or(DropReason::NoServer(port))?;
-            let request = Request {
-                client,
-                service: SocketAddr::new(vip.address, port),
-                isn: Some(tcp.seq()),
-                dscp: packet.dscp(),
-                payload: tcp.payload(),
-            };
-            let server = select.select(&request).ok_or(DropReason::NoServer(port))?;
-            return Ok((server, Decision::Selected));
+            return self.selected(vip, set, packet, tcp);
         }
-        if let Some(owner) = vip.owner(Transport::Tcp, port) {
-            return Ok((owner, Decision::Owner));
+        if let Some(server) = vip.owner(Transport::Tcp, port) {
+            return Ok(Route::ToServer { server, decision: Decision::Owner });
         }
         let set = set.ok_or(DropReason::UnknownPort(port))?;
+        let client = SocketAddr::new(packet.source(), tcp.source_port());
         let (server, hashed) = self.legacy(vip, set, client, port)?;
-        Ok((server, if hashed { Decision::LegacyHash } else { Decision::LegacyServer }))
+        let decision = if hashed { Decision::LegacyHash } else { Decision::LegacyServer };
+        Ok(Route::ToServer { server, decision })
+    }
+
+    /// `B1`: the server by policy, and who answers.
+    fn selected(&self, vip: &Vip, set: &Set, packet: &Packet, tcp: TcpView<'_>) -> Result<Route, DropReason> {
+        let port = tcp.destination_port();
+        let request = Request {
+            client: SocketAddr::new(packet.source(), tcp.source_port()),
+            service: SocketAddr::new(vip.address, port),
+            isn: Some(tcp.seq()),
+            dscp: packet.dscp(),
+            payload: tcp.payload(),
+        };
+        let select = set.select.as_ref().ok_or(DropReason::NoServer(port))?;
+        let server = select.select(&request).ok_or(DropReason::NoServer(port))?;
+        Ok(match set.answer(server) {
+            Some(port) => Route::Redirect { server, port },
+            None => Route::ToServer { server, decision: Decision::Selected },
+        })
     }
 
     /// A SYN with a valid option and R (`B1`); with a malformed one it is plain (`W1`).
@@ -344,6 +365,12 @@ impl Balancer {
         }
     }
 
+    /// `B5`, `I5`: what is not for a VIP.
+    #[inline(never)]
+    fn outbound(&self, packet: &Packet) -> Result<Route, DropReason> {
+        Ok(self.way_back(packet).unwrap_or(Route::Unchanged))
+    }
+
     /// `B5` and `I5` where addresses are rewritten: whose answer this is.
     fn way_back(&self, packet: &Packet) -> Option<Route> {
         if self.table.forward != ForwardMode::Network {
@@ -360,6 +387,10 @@ impl Balancer {
         let back = self.table.back(packet.source(), protocol.number(), port)?;
         Some(Route::ToClient { vip: back.vip, server: back.server })
     }
+}
+
+fn to_server((server, decision): (ServerId, Decision)) -> Route {
+    Route::ToServer { server, decision }
 }
 
 /// `B4`.

@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use shunt_host::Family;
 use shunt_stack::time::Instant;
-use shunt_stack::wire::{IcmpView, Packet, Protocol};
+use shunt_stack::wire::{HostAddresses, IcmpView, Packet, Protocol};
 
 use crate::config::{
     Config, ForwardMode, IcmpRules, Legacy, Limits, PolicyName, Portless, Server, State, Transport, UdpPolicy,
 };
 use crate::health::Unfit;
 use crate::maglev::{Maglev, Member};
+use crate::places::Places;
 use crate::select::{
     Candidate, Choice, Classes, Lives, Request, Select, SelectKey, Terms, datagram_policy, policy,
 };
@@ -43,20 +44,24 @@ impl fmt::Display for ServerId {
 }
 
 /// What a port of a VIP stands for: index + 1, 0 for nothing. A port may be both.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Port {
     owner: u16,
     set: u16,
 }
+
+/// All ports by one protocol: an array, so that a lookup costs the same whatever is configured. 256 KiB, shared by VIPs
+/// whose ports stand for the same.
+type Ports = Arc<[Port; 1 << 16]>;
 
 /// A VIP's ports.
 #[derive(Debug)]
 pub(crate) struct Vip {
     pub(crate) address: IpAddr,
     /// TCP's.
-    ports: Box<[Port]>,
+    ports: Ports,
     /// UDP's; `None` if no service here is reached by UDP.
-    udp_ports: Option<Box<[Port]>>,
+    udp_ports: Option<Ports>,
     default_server: Option<ServerId>,
     legacy_server: Option<ServerId>,
     /// For packets without ports; `None` if they are not balanced or no server is up.
@@ -105,9 +110,6 @@ impl Set {
 /// Maglev's tables by their members.
 type Filled = HashMap<Vec<Member>, Option<Arc<Maglev>>>;
 
-/// Address, protocol and port (0 without ports) that an answer comes from.
-type Origin = (IpAddr, u8, u16);
-
 /// Where answers of a server go: the VIP they are from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Back {
@@ -117,12 +119,11 @@ pub(crate) struct Back {
     pub(crate) confirms: bool,
 }
 
-/// A server's addresses.
+/// A server.
 #[derive(Debug, Clone)]
 pub(crate) struct Target {
     pub(crate) name: String,
-    pub(crate) v4: Option<IpAddr>,
-    pub(crate) v6: Option<IpAddr>,
+    pub(crate) addresses: HostAddresses,
 }
 
 /// All of it. Lookups take no lock and allocate nothing.
@@ -138,8 +139,8 @@ pub struct Table {
     pub(crate) limits: Limits,
     /// On which level of a tree hashes are read.
     pub(crate) level: u8,
-    /// Sorted by address.
-    vips: Box<[Vip]>,
+    /// By address alone.
+    vips: Places<Vip>,
     sets: Box<[Set]>,
     /// By server: whether it is in a set.
     taking: Box<[bool]>,
@@ -147,8 +148,8 @@ pub struct Table {
     unreachable: Box<[bool]>,
     /// TCP ports of every VIP that are this host's own, sorted.
     admin_ports: Box<[u16]>,
-    /// Sorted by address, protocol and port.
-    back: Box<[(Origin, Back)]>,
+    /// By the address, protocol and port (0 without ports) that an answer comes from.
+    back: Places<Back>,
     /// What a successor may share.
     filled: Filled,
 }
@@ -168,30 +169,21 @@ impl Table {
         let known = HashMap::new();
         let mut builder = SetBuilder { config, key, unfit, lives, classes, known, before, taking };
         let sets = builder.sets();
-        let mut vips: Vec<Vip> =
-            config.vips.iter().map(|address| vip(config, *address, builder.portless(*address))).collect();
-        vips.sort_by_key(|vip| vip.address);
-        let target = |server: &Server| Target {
-            name: server.name.clone(),
-            v4: server.address(Family::V4),
-            v6: server.address(Family::V6),
+        let mut known = KnownPorts::default();
+        let mut vip = |address: &IpAddr| {
+            ((*address, 0, 0), vip(config, *address, &mut known, builder.portless(*address)))
         };
-        let ways = config.ways_back();
-        let mut back: Vec<_> = ways
-            .iter()
-            .map(|way| {
-                let back = Back { vip: way.vip, server: ServerId::new(way.server), confirms: way.confirms };
-                ((way.address, way.protocol, way.port), back)
-            })
-            .collect();
-        back.sort_by_key(|(from, _)| *from);
-        back.dedup_by_key(|(from, _)| *from);
+        let vips: Vec<_> = config.vips.iter().map(&mut vip).collect();
+        let back = config.ways_back().into_iter().map(|way| {
+            let back = Back { vip: way.vip, server: ServerId::new(way.server), confirms: way.confirms };
+            ((way.address, way.protocol, way.port), back)
+        });
         Table {
             forward: config.forward,
             legacy: config.legacy,
             exid: config.host.exid,
-            targets: config.servers.iter().map(target).collect(),
-            vips: vips.into(),
+            targets: config.servers.iter().map(Target::new).collect(),
+            vips: Places::new(vips),
             protocols: config.protocols.clone(),
             icmp: config.icmp.clone(),
             limits: config.limits,
@@ -200,17 +192,19 @@ impl Table {
             taking: builder.taking.into(),
             unreachable: (0..config.servers.len()).map(|index| unfit.is_unreachable(index)).collect(),
             admin_ports: config.admin_ports.clone().into(),
-            back: back.into(),
+            back: Places::new(back),
             filled: builder.known,
         }
     }
 
     /// The VIP at an address.
+    #[inline]
     pub(crate) fn vip(&self, address: IpAddr) -> Option<&Vip> {
-        self.vips.binary_search_by_key(&address, |vip| vip.address).ok().map(|index| &self.vips[index])
+        self.vips.get(address, 0, 0)
     }
 
     /// The set of a redirect port.
+    #[inline]
     pub(crate) fn set(&self, vip: &Vip, transport: Transport, port: u16) -> Option<&Set> {
         let index = vip.port(transport, port)?.set.checked_sub(1)?;
         self.sets.get(usize::from(index))
@@ -218,13 +212,12 @@ impl Table {
 
     /// The VIP that packets of a protocol from an address and port (0 without ports) answer for, in `network` mode.
     pub(crate) fn back(&self, address: IpAddr, protocol: u8, port: u16) -> Option<Back> {
-        let index = self.back.binary_search_by_key(&(address, protocol, port), |(from, _)| *from).ok()?;
-        Some(self.back[index].1)
+        self.back.get(address, protocol, port).copied()
     }
 
     /// All of [`back`](Self::back).
     pub(crate) fn ways_back(&self) -> impl Iterator<Item = (IpAddr, u8, u16, Back)> {
-        self.back.iter().map(|((address, protocol, port), back)| (*address, *protocol, *port, *back))
+        self.back.iter().map(|((address, protocol, port), back)| (address, protocol, port, *back))
     }
 
     /// The table of a service's plain clients (`B3`); `None` if no server is up.
@@ -234,8 +227,13 @@ impl Table {
 
     /// A server's address of the family of `like`.
     pub(crate) fn address(&self, server: ServerId, like: IpAddr) -> Option<IpAddr> {
-        let target = self.targets.get(server.index())?;
-        if like.is_ipv4() { target.v4 } else { target.v6 }
+        self.targets.get(server.index())?.addresses.like(like)
+    }
+
+    /// Whether any port of the VIPs is this host's own.
+    #[inline]
+    pub(crate) fn has_admin_ports(&self) -> bool {
+        !self.admin_ports.is_empty()
     }
 
     /// Whether a packet for a VIP is this host's own: a segment to an administrator's port, or an ICMP error about one
@@ -259,6 +257,7 @@ impl Table {
     }
 
     /// Whether nothing can be sent to a server: its link is not there.
+    #[inline]
     pub(crate) fn is_unreachable(&self, server: ServerId) -> bool {
         self.unreachable.get(server.index()).copied().unwrap_or_default()
     }
@@ -276,6 +275,7 @@ impl Table {
 }
 
 impl Vip {
+    #[inline]
     fn port(&self, transport: Transport, port: u16) -> Option<Port> {
         let ports = match transport {
             Transport::Tcp => &self.ports,
@@ -290,11 +290,13 @@ impl Vip {
     }
 
     /// The owner of a service port.
+    #[inline]
     pub(crate) fn owner(&self, transport: Transport, port: u16) -> Option<ServerId> {
         self.port(transport, port)?.owner.checked_sub(1).map(ServerId)
     }
 
     /// The server for what is not understood (`B4`).
+    #[inline]
     pub(crate) fn default_server(&self) -> Option<ServerId> {
         self.default_server
     }
@@ -435,10 +437,38 @@ fn member(index: usize, server: &Server) -> Member {
     Member { name: server.name.clone(), weight: server.weight, server: ServerId::new(index) }
 }
 
+impl Target {
+    fn new(server: &Server) -> Target {
+        let v4 = server.address(Family::V4).and_then(|address| match address {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(_) => None,
+        });
+        let v6 = server.address(Family::V6).and_then(|address| match address {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(address) => Some(address),
+        });
+        Target { name: server.name.clone(), addresses: HostAddresses { v4, v6 } }
+    }
+}
+
+/// The different arrays of ports that a table has so far.
+#[derive(Debug, Default)]
+struct KnownPorts(Vec<Ports>);
+
+impl KnownPorts {
+    fn shared(&mut self, ports: Ports) -> Ports {
+        if let Some(known) = self.0.iter().find(|known| **known == ports) {
+            return Arc::clone(known);
+        }
+        self.0.push(Arc::clone(&ports));
+        ports
+    }
+}
+
 /// What the ports of a VIP stand for in one protocol.
-fn ports(config: &Config, address: IpAddr, transport: Transport) -> Box<[Port]> {
+fn ports(config: &Config, address: IpAddr, transport: Transport) -> Ports {
     let family = Family::of(address);
-    let mut ports = vec![Port::default(); 1 << 16].into_boxed_slice();
+    let mut ports = vec![Port::default(); 1 << 16];
     for (number, service) in config.services.iter().enumerate() {
         if service.is_reached(address, transport) {
             ports[usize::from(service.redirect_port)].set = set_index(number, family) as u16 + 1;
@@ -450,10 +480,10 @@ fn ports(config: &Config, address: IpAddr, transport: Transport) -> Box<[Port]> 
             ports[usize::from(port)].owner = index as u16 + 1;
         }
     }
-    ports
+    Arc::<[Port]>::from(ports).try_into().expect("there are as many as numbers")
 }
 
-fn vip(config: &Config, address: IpAddr, portless: Option<Arc<Maglev>>) -> Vip {
+fn vip(config: &Config, address: IpAddr, known: &mut KnownPorts, portless: Option<Arc<Maglev>>) -> Vip {
     let family = Family::of(address);
     let udp = config.services.iter().any(|service| service.is_reached(address, Transport::Udp));
     let reachable = |server: Option<usize>| {
@@ -461,8 +491,8 @@ fn vip(config: &Config, address: IpAddr, portless: Option<Arc<Maglev>>) -> Vip {
     };
     Vip {
         address,
-        ports: ports(config, address, Transport::Tcp),
-        udp_ports: udp.then(|| ports(config, address, Transport::Udp)),
+        ports: known.shared(ports(config, address, Transport::Tcp)),
+        udp_ports: udp.then(|| known.shared(ports(config, address, Transport::Udp))),
         portless,
         default_server: reachable(config.default_server),
         legacy_server: reachable(config.legacy_server),

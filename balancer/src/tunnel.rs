@@ -240,6 +240,7 @@ impl Balancer {
     }
 
     /// Puts a packet into its server's tunnel.
+    #[inline(never)]
     pub(crate) fn tunnel(&self, server: ServerId, packet: &mut Packet) -> Result<Output, DropReason> {
         let way = self.tunnels.as_ref().and_then(|tunnels| Some((tunnels, tunnels.way(server, packet)?)));
         let (tunnels, way) = way.ok_or(DropReason::NoConnector(server))?;

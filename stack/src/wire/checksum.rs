@@ -2,12 +2,16 @@
 
 use std::net::IpAddr;
 
-/// A running one's complement sum of 16-bit big-endian words.
+/// A running one's complement sum of 16-bit big-endian words, not yet folded: there is room for 2^32 pairs of them.
+///
+/// It is kept in the order of the bytes in memory, whatever that is here (RFC 1071 §2(B)): words that are read, summed
+/// and written again are never swapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Sum(u64);
 
 impl Sum {
     /// The empty sum.
+    #[inline]
     pub const fn new() -> Self {
         Sum(0)
     }
@@ -16,41 +20,54 @@ impl Sum {
     #[must_use]
     // A sum is no operand: the name is RFC 1071's.
     #[allow(clippy::should_implement_trait)]
+    #[inline]
     pub fn add(mut self, bytes: &[u8]) -> Self {
-        let mut words = bytes.chunks_exact(2);
-        for word in &mut words {
-            self.0 += u64::from(u16::from_be_bytes([word[0], word[1]]));
+        // Two words at once: 2^16 counts 1, whichever half a carry comes from (RFC 1071 §2(C)).
+        let (doubles, rest) = bytes.as_chunks::<4>();
+        for double in doubles {
+            self.0 += u64::from(u32::from_ne_bytes(*double));
         }
-        if let [last] = words.remainder() {
-            self.0 += u64::from(*last) << 8;
+        let (words, rest) = rest.as_chunks::<2>();
+        for word in words {
+            self.0 += u64::from(u16::from_ne_bytes(*word));
+        }
+        if let [last] = rest {
+            self.0 += u64::from(u16::from_ne_bytes([*last, 0]));
         }
         self
     }
 
     /// Adds one word.
     #[must_use]
+    #[inline]
     pub fn add_word(mut self, word: u16) -> Self {
-        self.0 += u64::from(word);
+        self.0 += u64::from(word.to_be());
         self
     }
 
     /// Takes bytes out again that were added at an even offset: adds their complement.
     #[must_use]
+    #[inline]
     pub fn remove(mut self, bytes: &[u8]) -> Self {
-        let mut words = bytes.chunks_exact(2);
-        for word in &mut words {
-            self.0 += u64::from(!u16::from_be_bytes([word[0], word[1]]));
+        let (doubles, rest) = bytes.as_chunks::<4>();
+        for double in doubles {
+            self.0 += u64::from(!u32::from_ne_bytes(*double));
         }
-        if let [last] = words.remainder() {
-            self.0 += u64::from(!(u16::from(*last) << 8));
+        let (words, rest) = rest.as_chunks::<2>();
+        for word in words {
+            self.0 += u64::from(!u16::from_ne_bytes(*word));
+        }
+        if let [last] = rest {
+            self.0 += u64::from(!u16::from_ne_bytes([*last, 0]));
         }
         self
     }
 
     /// Adds what another sum holds.
     #[must_use]
+    #[inline]
     pub fn merge(mut self, other: Sum) -> Self {
-        self.0 += u64::from(other.fold());
+        self.0 += other.0;
         self
     }
 
@@ -74,28 +91,50 @@ impl Sum {
     }
 
     /// The sum as 16 bits, not complemented.
+    #[inline]
     pub fn fold(self) -> u16 {
-        let mut sum = self.0;
-        while sum > 0xffff {
-            sum = (sum & 0xffff) + (sum >> 16);
-        }
-        sum as u16
+        u16::from_be(self.folded_in_memory())
+    }
+
+    #[inline]
+    fn folded_in_memory(self) -> u16 {
+        // Without a branch: whether there is a carry, nobody can predict.
+        let (sum, carry) = ((self.0 >> 32) as u32).overflowing_add(self.0 as u32);
+        let sum = sum + u32::from(carry);
+        add_with_carry((sum >> 16) as u16, sum as u16)
+    }
+
+    /// The same as 16 bits, for those that use it more than once.
+    #[inline]
+    #[must_use]
+    pub fn folded(self) -> Self {
+        Sum(u64::from(self.folded_in_memory()))
     }
 
     /// The checksum: the complement of the sum.
+    #[inline]
     pub fn checksum(self) -> u16 {
         !self.fold()
     }
 
     /// A checksum field after this change of what it covers: RFC 1624, equation 3.
+    #[inline]
     pub fn update(self, checksum: u16) -> u16 {
-        self.add_word(!checksum).checksum()
+        u16::from_be(!add_with_carry(self.folded_in_memory(), !checksum.to_be()))
     }
 
     /// A partial (pseudo-header only, uncomplemented) checksum field after this change of the pseudo-header.
+    #[inline]
     pub fn update_partial(self, partial: u16) -> u16 {
-        self.add_word(partial).fold()
+        u16::from_be(add_with_carry(self.folded_in_memory(), partial.to_be()))
     }
+}
+
+/// One's complement addition.
+#[inline]
+fn add_with_carry(a: u16, b: u16) -> u16 {
+    let (sum, carry) = a.overflowing_add(b);
+    sum + u16::from(carry)
 }
 
 #[cfg(test)]

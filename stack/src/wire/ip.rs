@@ -34,6 +34,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
+    #[inline]
     fn new(version: Version, number: u8) -> Self {
         match (version, number) {
             (_, 6) => Protocol::Tcp,
@@ -45,6 +46,7 @@ impl Protocol {
     }
 
     /// The protocol number.
+    #[inline]
     pub fn number(self) -> u8 {
         match self {
             Protocol::Tcp => 6,
@@ -77,12 +79,26 @@ pub(super) struct Layout {
     pub(super) total: usize,
     pub(super) protocol: Protocol,
     pub(super) fragment: Option<Fragment>,
+    /// Whether it is no later fragment.
+    pub(super) headed: bool,
 }
 
 impl Layout {
+    fn new(
+        version: Version,
+        transport: usize,
+        total: usize,
+        protocol: Protocol,
+        fragment: Option<Fragment>,
+    ) -> Layout {
+        let headed = fragment.is_none_or(|fragment| fragment.offset == 0);
+        Layout { version, transport, total, protocol, fragment, headed }
+    }
+
     /// Whether the transport header is in this packet: it is whole or a first fragment.
+    #[inline]
     pub(super) fn has_transport_header(&self) -> bool {
-        self.fragment.is_none_or(|fragment| fragment.offset == 0)
+        self.headed
     }
 
     pub(super) fn parse(packet: &[u8]) -> Result<Layout, ParseError> {
@@ -113,7 +129,7 @@ impl Layout {
             return Err(ParseError::HeaderLength(transport));
         }
         need(packet, total)?;
-        Ok(Layout { version, transport, total, protocol: Protocol::Other(number), fragment: None })
+        Ok(Layout::new(version, transport, total, Protocol::Other(number), None))
     }
 
     /// Parses a packet quoted in an ICMP error: its announced length may exceed what is there.
@@ -131,8 +147,10 @@ fn need(packet: &[u8], need: usize) -> Result<(), ParseError> {
     if packet.len() < need { Err(ParseError::Truncated { need, have: packet.len() }) } else { Ok(()) }
 }
 
+#[inline]
 pub(super) fn be16(bytes: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes([bytes[at], bytes[at + 1]])
+    let bytes = &bytes[at..at + 2];
+    u16::from_be_bytes([bytes[0], bytes[1]])
 }
 
 fn check_range(fragment: Fragment, data: usize) -> Result<Option<Fragment>, ParseError> {
@@ -159,7 +177,7 @@ fn parse_ipv4(packet: &[u8], available: usize) -> Result<Layout, ParseError> {
         None
     };
     let protocol = Protocol::new(Version::V4, packet[9]);
-    Ok(Layout { version: Version::V4, transport: header, total, protocol, fragment })
+    Ok(Layout::new(Version::V4, header, total, protocol, fragment))
 }
 
 fn parse_ipv6(packet: &[u8], available: usize) -> Result<Layout, ParseError> {
@@ -200,7 +218,7 @@ fn parse_ipv6(packet: &[u8], available: usize) -> Result<Layout, ParseError> {
             }
             number => {
                 let protocol = Protocol::new(Version::V6, number);
-                return Ok(Layout { version: Version::V6, transport: at, total, protocol, fragment });
+                return Ok(Layout::new(Version::V6, at, total, protocol, fragment));
             }
         };
         next = packet[at];
@@ -208,7 +226,7 @@ fn parse_ipv6(packet: &[u8], available: usize) -> Result<Layout, ParseError> {
         need(packet, at)?;
         if fragment.is_some_and(|fragment| fragment.offset != 0) {
             let protocol = Protocol::new(Version::V6, next);
-            return Ok(Layout { version: Version::V6, transport: at, total, protocol, fragment });
+            return Ok(Layout::new(Version::V6, at, total, protocol, fragment));
         }
     }
     Err(ParseError::ExtensionHeaders(MAX_EXTENSION_HEADERS))

@@ -28,7 +28,7 @@ pub use icmp::{IcmpView, Quoted};
 pub use ip::{Fragment, Protocol, Version};
 pub use option::{DEFAULT_EXID, RedirectOption, observed_digest};
 pub use packet::{Gso, GsoKind, Offload, Packet};
-pub use rewrite::NoRoom;
+pub use rewrite::{HostAddresses, NoRoom};
 pub use segment::{Segment, icmp_message};
 pub use seq::SeqNumber;
 pub use tcp::{TcpFlags, TcpView};

@@ -90,42 +90,50 @@ impl Packet {
     }
 
     /// The bytes, IP header first.
+    #[inline]
     pub fn bytes(&self) -> &[u8] {
         &self.buffer
     }
 
     /// The buffer, to be filled anew.
+    #[inline]
     pub fn into_buffer(self) -> BytesMut {
         self.buffer
     }
 
     /// What the device left undone.
+    #[inline]
     pub fn offload(&self) -> Offload {
         self.offload
     }
 
     /// Length in bytes.
     #[allow(clippy::len_without_is_empty)]
+    #[inline]
     pub fn len(&self) -> usize {
         self.layout.total
     }
 
     /// The IP version.
+    #[inline]
     pub fn version(&self) -> Version {
         self.layout.version
     }
 
     /// The protocol above IP.
+    #[inline]
     pub fn protocol(&self) -> Protocol {
         self.layout.protocol
     }
 
     /// Source address.
+    #[inline]
     pub fn source(&self) -> IpAddr {
         address_at(&self.buffer, self.layout.version).0
     }
 
     /// Destination address.
+    #[inline]
     pub fn destination(&self) -> IpAddr {
         address_at(&self.buffer, self.layout.version).1
     }
@@ -139,6 +147,7 @@ impl Packet {
     }
 
     /// Differentiated services code point (RFC 2474).
+    #[inline]
     pub fn dscp(&self) -> u8 {
         match self.layout.version {
             Version::V4 => self.buffer[1] >> 2,
@@ -147,48 +156,54 @@ impl Packet {
     }
 
     /// What makes it a fragment, if it is one.
+    #[inline]
     pub fn fragment(&self) -> Option<Fragment> {
         self.layout.fragment
     }
 
     /// Offset of the transport header.
+    #[inline]
     pub fn transport_offset(&self) -> usize {
         self.layout.transport
     }
 
+    #[inline]
     fn transport(&self) -> &[u8] {
         &self.buffer[self.layout.transport..]
     }
 
+    #[inline]
     fn has(&self, protocol: Protocol) -> bool {
         self.layout.protocol == protocol && self.layout.has_transport_header()
     }
 
     /// (source, destination) port of TCP or UDP, unless this is a later fragment.
+    #[inline]
     pub fn ports(&self) -> Option<(u16, u16)> {
         let visible = self.has(Protocol::Tcp) || self.has(Protocol::Udp);
         visible.then(|| (be16(self.transport(), 0), be16(self.transport(), 2)))
     }
 
     /// Source address and port of TCP or UDP.
+    #[inline]
     pub fn source_socket(&self) -> Option<SocketAddr> {
         self.ports().map(|(source, _)| SocketAddr::new(self.source(), source))
     }
 
     /// Destination address and port of TCP or UDP.
+    #[inline]
     pub fn destination_socket(&self) -> Option<SocketAddr> {
         self.ports().map(|(_, destination)| SocketAddr::new(self.destination(), destination))
     }
 
     /// The TCP segment, if it is one and its header is here.
+    #[inline]
     pub fn tcp(&self) -> Option<TcpView<'_>> {
-        self.has(Protocol::Tcp).then(|| {
-            let segment = self.transport();
-            TcpView::new(segment, usize::from(segment[12] >> 4) * 4)
-        })
+        self.has(Protocol::Tcp).then(|| TcpView::new(self.transport()))
     }
 
     /// The ICMP or `ICMPv6` message.
+    #[inline]
     pub fn icmp(&self) -> Option<IcmpView<'_>> {
         (self.has(Protocol::Icmp) || self.has(Protocol::Icmpv6))
             .then(|| IcmpView { message: self.transport(), version: self.layout.version })
@@ -222,35 +237,38 @@ impl Packet {
     }
 
     /// Offset in the buffer of the transport checksum field, if it is in this packet.
+    #[inline]
     pub(super) fn checksum_offset(&self) -> Option<usize> {
         if !self.layout.has_transport_header() {
             return None;
         }
-        let offset = match self.layout.protocol {
-            Protocol::Tcp => 16,
-            Protocol::Udp => 6,
-            Protocol::Icmp | Protocol::Icmpv6 => 2,
-            Protocol::Other(_) => return None,
+        // Compared, not looked up: nearly all is TCP.
+        let offset = if self.layout.protocol == Protocol::Tcp {
+            16
+        } else if self.layout.protocol == Protocol::Udp {
+            6
+        } else if matches!(self.layout.protocol, Protocol::Icmp | Protocol::Icmpv6) {
+            2
+        } else {
+            return None;
         };
         Some(self.layout.transport + offset)
     }
 }
 
 /// (source, destination) of the IP header at the beginning of `packet`, whose fixed part was checked.
+#[inline]
 pub(super) fn address_at(packet: &[u8], version: Version) -> (IpAddr, IpAddr) {
     match version {
         Version::V4 => {
-            let at =
-                |i: usize| IpAddr::V4(Ipv4Addr::new(packet[i], packet[i + 1], packet[i + 2], packet[i + 3]));
-            (at(12), at(16))
+            let (addresses, _) = packet[12..20].as_chunks::<4>();
+            let at = |i: usize| IpAddr::V4(Ipv4Addr::from(addresses[i]));
+            (at(0), at(1))
         }
         Version::V6 => {
-            let at = |i: usize| {
-                let mut octets = [0; 16];
-                octets.copy_from_slice(&packet[i..i + 16]);
-                IpAddr::V6(Ipv6Addr::from(octets))
-            };
-            (at(8), at(24))
+            let (addresses, _) = packet[8..40].as_chunks::<16>();
+            let at = |i: usize| IpAddr::V6(Ipv6Addr::from(addresses[i]));
+            (at(0), at(1))
         }
     }
 }

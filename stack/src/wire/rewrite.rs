@@ -1,7 +1,7 @@
 //! Changing a packet in place. Checksums follow by RFC 1624, so one that was wrong stays wrong; partial checksums
 //! (virtio) follow addresses and length only.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 
 use super::checksum::Sum;
@@ -22,21 +22,53 @@ pub struct NoRoom {
     pub have: usize,
 }
 
+/// A host's addresses, at most one a family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HostAddresses {
+    /// IPv4.
+    pub v4: Option<Ipv4Addr>,
+    /// IPv6.
+    pub v6: Option<Ipv6Addr>,
+}
+
+impl HostAddresses {
+    /// The address of the family of `like`.
+    pub fn like(&self, like: IpAddr) -> Option<IpAddr> {
+        if like.is_ipv4() { self.v4.map(IpAddr::V4) } else { self.v6.map(IpAddr::V6) }
+    }
+}
+
 impl Packet {
+    #[inline]
     fn put(&mut self, at: usize, bytes: &[u8]) -> Sum {
-        let change = Sum::new().remove(&self.buffer[at..at + bytes.len()]).add(bytes);
-        self.buffer[at..at + bytes.len()].copy_from_slice(bytes);
+        let place = &mut self.buffer[at..at + bytes.len()];
+        let change = Sum::new().remove(place).add(bytes);
+        place.copy_from_slice(bytes);
         change
     }
 
+    #[inline]
     fn patch_word(&mut self, at: usize, update: impl FnOnce(u16) -> u16) {
-        let value = update(be16(&self.buffer, at));
-        self.buffer[at..at + 2].copy_from_slice(&value.to_be_bytes());
+        let word = &mut self.buffer[at..at + 2];
+        let value = update(be16(word, 0));
+        word.copy_from_slice(&value.to_be_bytes());
     }
 
     /// Follows a change of the pseudo-header (`pseudo`) and of the bytes covered (`covered`).
+    #[inline]
     fn follow(&mut self, pseudo: Sum, covered: Sum) {
-        let Some(field) = self.checksum_offset() else { return };
+        match self.checksum_offset() {
+            // Apart, because nearly all is.
+            Some(field) if self.layout.protocol == Protocol::Tcp && !self.offload.partial_checksum => {
+                self.patch_word(field, |checksum| pseudo.merge(covered).update(checksum));
+            }
+            Some(field) => self.follow_other(field, pseudo, covered),
+            None => {}
+        }
+    }
+
+    #[inline(never)]
+    fn follow_other(&mut self, field: usize, pseudo: Sum, covered: Sum) {
         if self.offload.partial_checksum {
             self.patch_word(field, |partial| pseudo.update_partial(partial));
             return;
@@ -53,15 +85,27 @@ impl Packet {
         });
     }
 
-    fn put_address(&mut self, at: usize, address: IpAddr) {
-        let change = match address {
-            IpAddr::V4(address) => {
-                let change = self.put(at, &address.octets());
-                self.patch_word(10, |checksum| change.update(checksum));
-                change
-            }
-            IpAddr::V6(address) => self.put(at, &address.octets()),
-        };
+    #[inline]
+    fn put_address(&mut self, source: bool, address: IpAddr) {
+        assert_eq!(address.is_ipv4(), self.layout.version == Version::V4, "address family");
+        match address {
+            IpAddr::V4(address) if source => self.put_v4::<12>(address),
+            IpAddr::V4(address) => self.put_v4::<16>(address),
+            IpAddr::V6(address) if source => self.put_v6::<8>(address),
+            IpAddr::V6(address) => self.put_v6::<24>(address),
+        }
+    }
+
+    #[inline]
+    fn put_v4<const AT: usize>(&mut self, address: Ipv4Addr) {
+        let change = self.put(AT, &address.octets()).folded();
+        self.patch_word(10, |checksum| change.update(checksum));
+        self.follow(change, Sum::new());
+    }
+
+    #[inline]
+    fn put_v6<const AT: usize>(&mut self, address: Ipv6Addr) {
+        let change = self.put(AT, &address.octets());
         self.follow(change, Sum::new());
     }
 
@@ -69,18 +113,27 @@ impl Packet {
     ///
     /// # Panics
     /// If `address` is of the other family: configuration keeps families apart.
+    #[inline]
     pub fn set_source(&mut self, address: IpAddr) {
-        assert_eq!(address.is_ipv4(), self.layout.version == Version::V4, "address family");
-        self.put_address(address_offset(self.layout.version, true), address);
+        self.put_address(true, address);
     }
 
     /// Rewrites the destination address.
     ///
     /// # Panics
     /// If `address` is of the other family: configuration keeps families apart.
+    #[inline]
     pub fn set_destination(&mut self, address: IpAddr) {
-        assert_eq!(address.is_ipv4(), self.layout.version == Version::V4, "address family");
-        self.put_address(address_offset(self.layout.version, false), address);
+        self.put_address(false, address);
+    }
+
+    /// Rewrites the destination address by a host's of the packet's own family; says whether it has one.
+    #[inline]
+    pub fn set_destination_host(&mut self, host: &HostAddresses) -> bool {
+        match self.layout.version {
+            Version::V4 => host.v4.map(|address| self.put_v4::<16>(address)).is_some(),
+            Version::V6 => host.v6.map(|address| self.put_v6::<24>(address)).is_some(),
+        }
     }
 
     /// Rewrites the differentiated services code point (RFC 2474), of which only the low 6 bits count; the ECN bits
@@ -115,6 +168,7 @@ impl Packet {
         }
     }
 
+    #[inline]
     fn put_port(&mut self, offset: usize, port: u16) {
         if self.ports().is_some() {
             let change = self.put(self.layout.transport + offset, &port.to_be_bytes());
@@ -123,11 +177,13 @@ impl Packet {
     }
 
     /// Rewrites the source port of TCP or UDP; nothing happens if there is none.
+    #[inline]
     pub fn set_source_port(&mut self, port: u16) {
         self.put_port(0, port);
     }
 
     /// Rewrites the destination port of TCP or UDP; nothing happens if there is none.
+    #[inline]
     pub fn set_destination_port(&mut self, port: u16) {
         self.put_port(2, port);
     }
@@ -356,6 +412,7 @@ impl Packet {
 }
 
 /// Offset of the source or destination address in an IP header.
+#[inline]
 fn address_offset(version: Version, source: bool) -> usize {
     match (version, source) {
         (Version::V4, true) => 12,

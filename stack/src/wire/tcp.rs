@@ -30,11 +30,13 @@ impl TcpFlags {
     pub const ACK: TcpFlags = TcpFlags(0x10);
 
     /// Whether all bits of `other` are set.
+    #[inline]
     pub fn contains(self, other: TcpFlags) -> bool {
         self.0 & other.0 == other.0
     }
 
     /// Whether any bit of `other` is set.
+    #[inline]
     pub fn intersects(self, other: TcpFlags) -> bool {
         self.0 & other.0 != 0
     }
@@ -43,6 +45,7 @@ impl TcpFlags {
 impl BitOr for TcpFlags {
     type Output = TcpFlags;
 
+    #[inline]
     fn bitor(self, rhs: TcpFlags) -> TcpFlags {
         TcpFlags(self.0 | rhs.0)
     }
@@ -70,58 +73,68 @@ impl fmt::Debug for TcpFlags {
 
 /// A TCP segment within a packet that was checked.
 #[derive(Debug, Clone, Copy)]
-pub struct TcpView<'a> {
-    segment: &'a [u8],
-    header_len: usize,
-}
+pub struct TcpView<'a>(&'a [u8]);
 
 impl<'a> TcpView<'a> {
-    /// `segment` is at least `header_len` bytes long and `header_len` at least 20: the packet's check has seen to it.
-    pub(super) fn new(segment: &'a [u8], header_len: usize) -> Self {
-        debug_assert!(segment.len() >= header_len && header_len >= FIXED_LEN);
-        TcpView { segment, header_len }
+    /// `segment` is as long as its header says, and that is 20 bytes at least: the packet's check has seen to it.
+    #[inline]
+    pub(super) fn new(segment: &'a [u8]) -> Self {
+        // Said once, so that accessors need not look.
+        assert!(segment.len() >= FIXED_LEN, "the packet was checked");
+        let view = TcpView(segment);
+        debug_assert!((FIXED_LEN..=segment.len()).contains(&view.header_len()));
+        view
     }
 
+    #[inline]
     fn word(&self, at: usize) -> u16 {
-        u16::from_be_bytes([self.segment[at], self.segment[at + 1]])
+        u16::from_be_bytes([self.0[at], self.0[at + 1]])
     }
 
+    #[inline]
     fn double(&self, at: usize) -> u32 {
         u32::from(self.word(at)) << 16 | u32::from(self.word(at + 2))
     }
 
     /// Source port.
+    #[inline]
     pub fn source_port(&self) -> u16 {
         self.word(0)
     }
 
     /// Destination port.
+    #[inline]
     pub fn destination_port(&self) -> u16 {
         self.word(2)
     }
 
     /// SEG.SEQ.
+    #[inline]
     pub fn seq(&self) -> SeqNumber {
         SeqNumber(self.double(4))
     }
 
     /// SEG.ACK; means nothing without the ACK flag.
+    #[inline]
     pub fn ack(&self) -> SeqNumber {
         SeqNumber(self.double(8))
     }
 
     /// The control bits.
+    #[inline]
     pub fn flags(&self) -> TcpFlags {
-        TcpFlags(self.segment[13])
+        TcpFlags(self.0[13])
     }
 
     /// Whether it is a SYN without ACK: a connection request.
+    #[inline]
     pub fn is_syn(&self) -> bool {
         self.flags().contains(TcpFlags::SYN)
             && !self.flags().intersects(TcpFlags::ACK | TcpFlags::RST | TcpFlags::FIN)
     }
 
     /// Whether it is a SYN with ACK and without RST.
+    #[inline]
     pub fn is_syn_ack(&self) -> bool {
         self.flags().contains(TcpFlags::SYN | TcpFlags::ACK)
             && !self.flags().intersects(TcpFlags::RST | TcpFlags::FIN)
@@ -133,23 +146,27 @@ impl<'a> TcpView<'a> {
     }
 
     /// Bytes of header, options included.
+    #[inline]
     pub fn header_len(&self) -> usize {
-        self.header_len
+        usize::from(self.0[12] >> 4) * 4
     }
 
     /// The option bytes.
+    #[inline]
     pub fn option_bytes(&self) -> &'a [u8] {
-        &self.segment[FIXED_LEN..self.header_len]
+        &self.0[FIXED_LEN..self.header_len()]
     }
 
     /// The options in order.
+    #[inline]
     pub fn options(&self) -> TcpOptions<'a> {
         TcpOptions::new(self.option_bytes())
     }
 
     /// The payload.
+    #[inline]
     pub fn payload(&self) -> &'a [u8] {
-        &self.segment[self.header_len..]
+        &self.0[self.header_len()..]
     }
 
     /// SEG.LEN: sequence numbers occupied, SYN and FIN included.
