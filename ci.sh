@@ -31,6 +31,7 @@ need tshark tshark
 need scapy python3-scapy
 need haproxy haproxy
 need wrk wrk
+need valgrind valgrind
 if [ "${#packages[@]}" -gt 0 ]; then
   step "installing ${packages[*]}"
   sudo=

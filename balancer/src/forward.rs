@@ -38,6 +38,7 @@ impl Balancer {
     ///
     /// # Errors
     /// [`DropReason::Family`], or that it does not go into a tunnel; the packet is unchanged.
+    #[inline]
     pub fn forward(&self, route: Route, packet: &mut Packet) -> Result<Output, DropReason> {
         match route {
             Route::ToServer { server, decision }
@@ -45,16 +46,16 @@ impl Balancer {
             {
                 self.to_address(server, packet)
             }
-            Route::ToServer { server, decision } => self.to_server(server, decision, packet),
-            Route::ToClient { vip, server } => self.to_client(vip, server, packet),
-            other => self.of_our_own(other, packet),
+            _ => self.forward_otherwise(&route, packet),
         }
     }
 
-    /// All but what passes between clients and servers.
+    /// All but packets that get a server's address and nothing else.
     #[inline(never)]
-    fn of_our_own(&self, route: Route, packet: &mut Packet) -> Result<Output, DropReason> {
-        match route {
+    fn forward_otherwise(&self, route: &Route, packet: &mut Packet) -> Result<Output, DropReason> {
+        match *route {
+            Route::ToServer { server, decision } => return self.to_server(server, decision, packet),
+            Route::ToClient { vip, server } => return self.to_client(vip, server, packet),
             Route::ErrorToClient { vip, server } => error_to_client(vip, server, packet)?,
             Route::Answer => {
                 if let Some(reply) = echo_reply(packet) {
@@ -65,12 +66,11 @@ impl Balancer {
                 *packet = self.redirecting(packet, port).ok_or(DropReason::Unanswerable)?;
             }
             Route::TooBig { mtu } => *packet = too_big(packet, mtu).ok_or(DropReason::TooBig(mtu))?,
-            Route::ToServer { .. } | Route::ToClient { .. } | Route::Unchanged => {}
+            Route::Unchanged => {}
         }
         Ok(Output::Main)
     }
 
-    #[inline(never)]
     fn to_client(&self, vip: IpAddr, server: ServerId, packet: &mut Packet) -> Result<Output, DropReason> {
         if vip.is_ipv4() != packet.source().is_ipv4() {
             return Err(DropReason::Family(server));
@@ -80,8 +80,6 @@ impl Balancer {
         Ok(Output::Main)
     }
 
-    /// To a server otherwise than by rewriting the destination alone.
-    #[inline(never)]
     fn to_server(
         &self,
         server: ServerId,

@@ -3,7 +3,7 @@
 //!
 //! (`round-robin` counts its turns; it decides about SYNs only, which `B6` leaves free, and about datagrams, one by one.)
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 use shunt_stack::redirect::TokenRefusal;
@@ -93,6 +93,7 @@ pub enum Decision {
 
 impl Decision {
     /// Whether the packet is an ICMP error whose quote names the VIP.
+    #[inline]
     pub(crate) fn quotes_vip(self) -> bool {
         matches!(self, Decision::ErrorOwner | Decision::ErrorHash | Decision::ErrorLegacyServer)
     }
@@ -245,17 +246,18 @@ impl Balancer {
     ///
     /// # Errors
     /// Why it is dropped.
+    #[inline]
     pub fn route(&self, packet: &Packet) -> Result<Route, DropReason> {
         match packet.destination() {
             IpAddr::V4(address) => self.route_to(IpAddr::V4(address), packet),
-            IpAddr::V6(address) => self.route_v6(address, packet),
+            IpAddr::V6(_) => self.route_v6(packet),
         }
     }
 
     /// Apart, because 128 bits take registers that IPv4 needs not save.
     #[inline(never)]
-    fn route_v6(&self, address: Ipv6Addr, packet: &Packet) -> Result<Route, DropReason> {
-        self.route_to(IpAddr::V6(address), packet)
+    fn route_v6(&self, packet: &Packet) -> Result<Route, DropReason> {
+        self.route_to(packet.destination(), packet)
     }
 
     #[inline(always)]

@@ -32,6 +32,7 @@ impl ServerId {
     }
 
     /// Its index in the configuration.
+    #[inline]
     pub fn index(self) -> usize {
         usize::from(self.0)
     }

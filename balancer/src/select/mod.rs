@@ -92,19 +92,26 @@ impl SelectKey {
     /// Two numbers of a request by its addresses, ports and ISN: the same for a repeated SYN (`B1`). A datagram's are
     /// told apart by `number` instead.
     fn draw(self, request: &Request<'_>, number: impl FnOnce() -> u64) -> Hash128 {
-        let mut hasher = SipHasher24::new_with_key(&self.0);
+        // At once: small parts one by one take the hasher three times as long.
+        let (mut bytes, mut used) = ([0; 2 * 16 + 2 * 2 + 8], 0);
+        let mut put = |part: &[u8]| {
+            bytes[used..used + part.len()].copy_from_slice(part);
+            used += part.len();
+        };
         for socket in [request.client, request.service] {
             match socket.ip() {
-                std::net::IpAddr::V4(address) => hasher.write(&address.octets()),
-                std::net::IpAddr::V6(address) => hasher.write(&address.octets()),
+                std::net::IpAddr::V4(address) => put(&address.octets()),
+                std::net::IpAddr::V6(address) => put(&address.octets()),
             }
         }
-        hasher.write(&request.client.port().to_be_bytes());
-        hasher.write(&request.service.port().to_be_bytes());
+        put(&request.client.port().to_be_bytes());
+        put(&request.service.port().to_be_bytes());
         match request.isn {
-            Some(isn) => hasher.write(&isn.0.to_be_bytes()),
-            None => hasher.write(&number().to_be_bytes()),
+            Some(isn) => put(&isn.0.to_be_bytes()),
+            None => put(&number().to_be_bytes()),
         }
+        let mut hasher = SipHasher24::new_with_key(&self.0);
+        hasher.write(&bytes[..used]);
         hasher.finish128()
     }
 }

@@ -81,6 +81,8 @@ pub(super) struct Layout {
     pub(super) fragment: Option<Fragment>,
     /// Whether it is no later fragment.
     pub(super) headed: bool,
+    /// Whether that is so and it is TCP: asked of every packet, more than once.
+    pub(super) segment: bool,
 }
 
 impl Layout {
@@ -92,7 +94,8 @@ impl Layout {
         fragment: Option<Fragment>,
     ) -> Layout {
         let headed = fragment.is_none_or(|fragment| fragment.offset == 0);
-        Layout { version, transport, total, protocol, fragment, headed }
+        let segment = headed && protocol == Protocol::Tcp;
+        Layout { version, transport, total, protocol, fragment, headed, segment }
     }
 
     /// Whether the transport header is in this packet: it is whole or a first fragment.

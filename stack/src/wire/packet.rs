@@ -9,6 +9,7 @@ use super::error::{ParseError, Rejected};
 use super::icmp::{self, IcmpView};
 use super::ip::{Fragment, IPV4_LEN, IPV6_LEN, Layout, Protocol, Version, be16};
 use super::tcp::{self, TcpView};
+use super::vnet::{TCP_CHECKSUM, UDP_CHECKSUM};
 
 /// The kind of a super-packet's segments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -199,7 +200,7 @@ impl Packet {
     /// The TCP segment, if it is one and its header is here.
     #[inline]
     pub fn tcp(&self) -> Option<TcpView<'_>> {
-        self.has(Protocol::Tcp).then(|| TcpView::new(self.transport()))
+        self.layout.segment.then(|| TcpView::new(self.transport()))
     }
 
     /// The ICMP or `ICMPv6` message.
@@ -242,15 +243,11 @@ impl Packet {
         if !self.layout.has_transport_header() {
             return None;
         }
-        // Compared, not looked up: nearly all is TCP.
-        let offset = if self.layout.protocol == Protocol::Tcp {
-            16
-        } else if self.layout.protocol == Protocol::Udp {
-            6
-        } else if matches!(self.layout.protocol, Protocol::Icmp | Protocol::Icmpv6) {
-            2
-        } else {
-            return None;
+        let offset = match self.layout.protocol {
+            Protocol::Tcp => TCP_CHECKSUM,
+            Protocol::Udp => UDP_CHECKSUM,
+            Protocol::Icmp | Protocol::Icmpv6 => 2,
+            Protocol::Other(_) => return None,
         };
         Some(self.layout.transport + offset)
     }

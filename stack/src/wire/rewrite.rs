@@ -11,6 +11,7 @@ use super::option::{MAX_LEN as OPTION_MAX_LEN, RedirectOption};
 use super::packet::Packet;
 use super::tcp;
 use super::tcp_option::{TcpOption, TcpOptions};
+use super::vnet::TCP_CHECKSUM;
 
 /// The option does not fit into the segment (`W2`, `W3`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
@@ -49,7 +50,7 @@ impl Packet {
 
     #[inline]
     fn patch_word(&mut self, at: usize, update: impl FnOnce(u16) -> u16) {
-        let word = &mut self.buffer[at..at + 2];
+        let word = &mut self.buffer[at..][..2];
         let value = update(be16(word, 0));
         word.copy_from_slice(&value.to_be_bytes());
     }
@@ -57,18 +58,18 @@ impl Packet {
     /// Follows a change of the pseudo-header (`pseudo`) and of the bytes covered (`covered`).
     #[inline]
     fn follow(&mut self, pseudo: Sum, covered: Sum) {
-        match self.checksum_offset() {
-            // Apart, because nearly all is.
-            Some(field) if self.layout.protocol == Protocol::Tcp && !self.offload.partial_checksum => {
-                self.patch_word(field, |checksum| pseudo.merge(covered).update(checksum));
-            }
-            Some(field) => self.follow_other(field, pseudo, covered),
-            None => {}
+        // Nearly all is so, and needs nothing of the rest.
+        if self.layout.segment && !self.offload.partial_checksum {
+            let field = self.layout.transport + TCP_CHECKSUM;
+            self.patch_word(field, |checksum| pseudo.merge(covered).update(checksum));
+        } else {
+            self.follow_other(pseudo, covered);
         }
     }
 
     #[inline(never)]
-    fn follow_other(&mut self, field: usize, pseudo: Sum, covered: Sum) {
+    fn follow_other(&mut self, pseudo: Sum, covered: Sum) {
+        let Some(field) = self.checksum_offset() else { return };
         if self.offload.partial_checksum {
             self.patch_word(field, |partial| pseudo.update_partial(partial));
             return;
@@ -131,9 +132,19 @@ impl Packet {
     #[inline]
     pub fn set_destination_host(&mut self, host: &HostAddresses) -> bool {
         match self.layout.version {
-            Version::V4 => host.v4.map(|address| self.put_v4::<16>(address)).is_some(),
-            Version::V6 => host.v6.map(|address| self.put_v6::<24>(address)).is_some(),
+            Version::V4 => match &host.v4 {
+                Some(address) => self.put_v4::<16>(*address),
+                None => return false,
+            },
+            Version::V6 => return self.set_destination_v6(host),
         }
+        true
+    }
+
+    /// Apart, so that the rest is small enough to stand where it is called.
+    #[inline(never)]
+    fn set_destination_v6(&mut self, host: &HostAddresses) -> bool {
+        host.v6.map(|address| self.put_v6::<24>(address)).is_some()
     }
 
     /// Rewrites the differentiated services code point (RFC 2474), of which only the low 6 bits count; the ECN bits

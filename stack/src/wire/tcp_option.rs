@@ -67,6 +67,7 @@ impl<'a> TcpOptions<'a> {
 impl<'a> Iterator for TcpOptions<'a> {
     type Item = Result<TcpOption<'a>, OptionError>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         let rest = self.bytes.get(self.at..)?;
         let length = match rest {
@@ -86,6 +87,7 @@ impl<'a> Iterator for TcpOptions<'a> {
     }
 }
 
+#[inline]
 fn classify(option: &[u8]) -> TcpOption<'_> {
     match *option {
         [2, 4, a, b] => TcpOption::MaximumSegmentSize(u16::from_be_bytes([a, b])),
