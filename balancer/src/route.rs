@@ -263,8 +263,8 @@ impl Balancer {
     #[inline(always)]
     #[allow(clippy::inline_always, reason = "it is in the way of every packet")]
     fn route_to(&self, destination: IpAddr, packet: &Packet) -> Result<Route, DropReason> {
-        let Some(vip) = self.table.vip(destination) else { return self.outbound(packet) };
-        // Most are segments of established connections; nothing of what the others need is in their way.
+        let Some(vip) = self.table.vip(destination) else { return Ok(self.outbound(packet)) };
+        // B2, before B1 because it is no SYN: nearly all are, and nothing of what the others need is in their way.
         if !self.table.has_admin_ports()
             && let Some(tcp) = packet.tcp()
             && !tcp.is_syn()
@@ -312,7 +312,7 @@ impl Balancer {
             && self.asks_for_redirect(tcp)
             && (!set.is_answered_here() || self.can_redirect(packet))
         {
-            return self.selected(vip, set, packet, tcp);
+            return selected(vip, set, packet, tcp);
         }
         if let Some(server) = vip.owner(Transport::Tcp, port) {
             return Ok(Route::ToServer { server, decision: Decision::Owner });
@@ -322,24 +322,6 @@ impl Balancer {
         let (server, hashed) = self.legacy(vip, set, client, port)?;
         let decision = if hashed { Decision::LegacyHash } else { Decision::LegacyServer };
         Ok(Route::ToServer { server, decision })
-    }
-
-    /// `B1`: the server by policy, and who answers.
-    fn selected(&self, vip: &Vip, set: &Set, packet: &Packet, tcp: TcpView<'_>) -> Result<Route, DropReason> {
-        let port = tcp.destination_port();
-        let request = Request {
-            client: SocketAddr::new(packet.source(), tcp.source_port()),
-            service: SocketAddr::new(vip.address, port),
-            isn: Some(tcp.seq()),
-            dscp: packet.dscp(),
-            payload: tcp.payload(),
-        };
-        let select = set.select.as_ref().ok_or(DropReason::NoServer(port))?;
-        let server = select.select(&request).ok_or(DropReason::NoServer(port))?;
-        Ok(match set.answer(server) {
-            Some(port) => Route::Redirect { server, port },
-            None => Route::ToServer { server, decision: Decision::Selected },
-        })
     }
 
     /// A SYN with a valid option and R (`B1`); with a malformed one it is plain (`W1`).
@@ -369,8 +351,8 @@ impl Balancer {
 
     /// `B5`, `I5`: what is not for a VIP.
     #[inline(never)]
-    fn outbound(&self, packet: &Packet) -> Result<Route, DropReason> {
-        Ok(self.way_back(packet).unwrap_or(Route::Unchanged))
+    fn outbound(&self, packet: &Packet) -> Route {
+        self.way_back(packet).unwrap_or(Route::Unchanged)
     }
 
     /// `B5` and `I5` where addresses are rewritten: whose answer this is.
@@ -389,6 +371,24 @@ impl Balancer {
         let back = self.table.back(packet.source(), protocol.number(), port)?;
         Some(Route::ToClient { vip: back.vip, server: back.server })
     }
+}
+
+/// `B1`: the server by policy, and who answers.
+fn selected(vip: &Vip, set: &Set, packet: &Packet, tcp: TcpView<'_>) -> Result<Route, DropReason> {
+    let port = tcp.destination_port();
+    let request = Request {
+        client: SocketAddr::new(packet.source(), tcp.source_port()),
+        service: SocketAddr::new(vip.address, port),
+        isn: Some(tcp.seq()),
+        dscp: packet.dscp(),
+        payload: tcp.payload(),
+    };
+    let select = set.select.as_ref().ok_or(DropReason::NoServer(port))?;
+    let server = select.select(&request).ok_or(DropReason::NoServer(port))?;
+    Ok(match set.answer(server) {
+        Some(port) => Route::Redirect { server, port },
+        None => Route::ToServer { server, decision: Decision::Selected },
+    })
 }
 
 fn to_server((server, decision): (ServerId, Decision)) -> Route {
