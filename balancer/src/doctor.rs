@@ -67,6 +67,9 @@ fn forwards(config: &Config) -> BTreeSet<(End, IpAddr)> {
     if Offloadable::new(config).is_err() {
         return BTreeSet::new();
     }
+    if config.forward.uses_devices() {
+        return config.vips.iter().map(|vip| (End::Destination, *vip)).collect();
+    }
     let servers = config.servers.iter().flat_map(|server| &server.addresses);
     let there = servers.map(|address| (End::Destination, *address));
     there.chain(config.vips.iter().map(|vip| (End::Source, *vip))).collect()

@@ -295,7 +295,7 @@ impl<D: Device + 'static, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
         let connections = Connections::new(&config);
         let mut offload = Standing::new(recorded, nft);
         let base = changes(&config, &devices, nft);
-        if let Err(error) = offload.install(&mut host, base, &config, &balancer).await {
+        if let Err(error) = offload.install(&mut host, base, &config, &balancer, &devices).await {
             if let Err(undo) = host.close().await {
                 tracing::warn!(%undo, "undoing the changes to the host after a failure failed as well");
             }
@@ -404,7 +404,7 @@ impl<D: Device + 'static, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     /// Makes the host as `base` says, and lets what the kernel forwards by itself follow the table.
     async fn follow_table(&mut self, base: Vec<Change>) {
         let balancer = self.balancer();
-        let result = self.offload.install(&mut self.host, base, &self.config, &balancer).await;
+        let result = self.offload.install(&mut self.host, base, &self.config, &balancer, &self.devices).await;
         if let Err(error) = result {
             tracing::warn!(%error, "what the old configuration needed on the host could not all be removed");
         }

@@ -5,6 +5,7 @@
 //! | rule | lookup | why |
 //! |---|---|---|
 //! | `iif` a server's device | that server's table: VIPs by its next hop | `direct`, `datalink` mode |
+//! | a server's mark | the same | what the kernel forwards by itself in these modes (`offload`) |
 //! | `iif` any device of ours | local, main, then a blackhole | what we write never comes back |
 //! | `to` VIP, the administrator's ports; `from` there, by this host | this host itself | `admin_ports` |
 //! | `to` VIP | our device; behind it a blackhole for when it is gone | towards servers |
@@ -73,6 +74,13 @@ pub(crate) fn device_name(main: &str, slot: u32) -> String {
     base + &suffix
 }
 
+/// What the names of all servers' devices begin with.
+pub(crate) fn device_prefix(main: &str) -> String {
+    // A slot has a route table, so its number has four digits at the most.
+    let base: String = main.chars().take(10).collect();
+    if base == main { base + "-" } else { base }
+}
+
 /// Everything that has to stand on the host.
 pub(crate) fn changes(config: &Config, devices: &Devices, nft: bool) -> Vec<Change> {
     let mut wanted = Vec::new();
@@ -82,7 +90,7 @@ pub(crate) fn changes(config: &Config, devices: &Devices, nft: bool) -> Vec<Chan
         wanted.push(Change::ReservePorts(vec![config.check_ports]));
     }
     for family in Family::BOTH.into_iter().filter(|family| config.sends(*family)) {
-        leaving(config, devices, family, &mut wanted);
+        leaving(config, devices, family, nft, &mut wanted);
         administrators(config, family, &mut wanted);
         arriving(config, devices, family, nft, &mut wanted);
     }
@@ -117,7 +125,7 @@ fn sysctls_and_links(config: &Config, devices: &Devices, wanted: &mut Vec<Change
 }
 
 /// Where packets go that we have written.
-fn leaving(config: &Config, devices: &Devices, family: Family, wanted: &mut Vec<Change>) {
+fn leaving(config: &Config, devices: &Devices, family: Family, nft: bool, wanted: &mut Vec<Change>) {
     let (tables, first) = (config.host.table, config.host.preference);
     wanted.push(Route::blackhole(tables + table::END, Prefix::all(family)).into());
     for name in devices.names() {
@@ -138,6 +146,9 @@ fn leaving(config: &Config, devices: &Devices, family: Family, wanted: &mut Vec<
             wanted.push(route.into());
         }
         wanted.push(Rule::new(family, first, own).interface(&device.name).into());
+        let mark = config.host.server_mark(device.slot).filter(|_| nft && config.host.offload);
+        let marked = |mark| Rule::new(family, first, own).mark(mark, config.host.server_mark_mask);
+        wanted.extend(mark.map(|mark| Change::from(marked(mark))));
     }
 }
 
@@ -370,5 +381,11 @@ mod tests {
     fn server_devices_have_names_that_interfaces_can_have() {
         assert_eq!(device_name("shunt-lb0", 7), "shunt-lb0-7");
         assert_eq!(device_name("fifteen-letters", 199), "fifteen-let-199");
+        for main in ["t", "shunt-lb0", "ten-letter", "fifteen-letters"] {
+            for slot in [0, 9, 10, 999, 1000, shunt_host::options::BALANCER_TABLES - 1] {
+                assert!(device_name(main, slot).starts_with(&device_prefix(main)), "{main} {slot}");
+            }
+        }
+        assert_eq!(device_prefix("shunt-lb0"), "shunt-lb0-");
     }
 }

@@ -10,6 +10,9 @@
 //! killed one leaves them, with the sysctls they need, and established traffic goes on until the next one changes them
 //! into its own.
 //!
+//! In the modes `direct` and `datalink` a packet stays as it is: the maps give it its server's mark, and a rule routes what
+//! has it as it routes what userspace writes to the server's device. Nothing comes back there.
+//!
 //! What the configuration asks for and maps cannot do stays in userspace as a whole: [`Offloadable`] says what and why.
 //! The kernel's counters are read every second and added to the balancer's own, so that statistics, `least-packets` and
 //! the wait for a drained server are right.
@@ -20,12 +23,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use shunt_host::change::Sysctl;
-use shunt_host::offload::{Count, Counted, End, MAX_ENTRIES, MAX_SLOTS, PortMap, Spread};
+use shunt_host::offload::{Count, Counted, End, Goal, MAX_ENTRIES, MAX_SLOTS, PortMap, Spread};
 use shunt_host::{Change, Family, Host, HostError, Offload, query};
 use shunt_stack::wire::TcpFlags;
 
 use crate::Balancer;
 use crate::config::{Config, ForwardMode, Legacy, Service, Transport};
+use crate::host::{Devices, device_prefix};
 use crate::maglev::{Maglev, SLOTS, client_seed};
 use crate::route::Way;
 use crate::stats::{ServerStats, Stats};
@@ -36,7 +40,7 @@ use crate::table::{ServerId, Table};
 pub enum Obstacle {
     /// `[host] offload = "off"`.
     Off,
-    /// The mode does not rewrite addresses.
+    /// The mode puts packets into others.
     Mode(ForwardMode),
     /// All packets are recorded.
     Capture,
@@ -60,7 +64,7 @@ impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Obstacle::Off => f.write_str("switched off by `[host] offload = \"off\"`"),
-            Obstacle::Mode(mode) => write!(f, "not in mode {mode}: addresses are not rewritten there"),
+            Obstacle::Mode(mode) => write!(f, "not in mode {mode}: maps make no tunnels"),
             Obstacle::Capture => f.write_str("a capture records every packet"),
             Obstacle::Kernel(why) => write!(f, "the kernel refuses: {why}"),
             Obstacle::Limited => f.write_str("its packets or bytes are limited"),
@@ -91,7 +95,7 @@ impl Offloadable {
         if !config.host.offload {
             return Err(Obstacle::Off);
         }
-        if config.forward != ForwardMode::Network {
+        if config.forward == ForwardMode::Gue {
             return Err(Obstacle::Mode(config.forward));
         }
         let entries = entries(config);
@@ -147,6 +151,8 @@ pub(crate) struct Plan {
     offload: Offload,
     entries: BTreeMap<Counted, Entry>,
     stats: Arc<Stats>,
+    /// By server: its mark, in the modes that leave packets as they are; none of a server whose link is missing.
+    marks: Option<Vec<Option<u32>>>,
     /// Why plain clients' segments are not.
     plain: Option<Obstacle>,
 }
@@ -161,14 +167,20 @@ const MAPS: [(End, Transport); 4] = [
 
 impl Plan {
     /// What the table says of packets that open no connection.
-    pub(crate) fn new(config: &Config, balancer: &Balancer) -> Result<Plan, Obstacle> {
+    pub(crate) fn new(config: &Config, balancer: &Balancer, devices: &Devices) -> Result<Plan, Obstacle> {
         let offloadable = Offloadable::new(config)?;
         let opens = TcpFlags::SYN.0;
         let ends = if config.statistics.is_some() { (TcpFlags::FIN | TcpFlags::RST).0 } else { 0 };
         let maps = MAPS.map(|(end, transport)| PortMap { end, transport, entries: BTreeMap::new() });
+        let marked = config.forward.uses_devices();
+        let marks = devices
+            .servers
+            .iter()
+            .map(|device| device.connected.then(|| config.host.server_mark(device.slot)).flatten());
         let mut plan = Plan {
             offload: Offload {
-                except_interface: None,
+                except_interface: Some(devices.main.clone()),
+                except_prefix: marked.then(|| device_prefix(&devices.main)),
                 except_local_ports: if config.checks_health() {
                     vec![config.check_ports]
                 } else {
@@ -176,11 +188,13 @@ impl Plan {
                 },
                 except_destinations: config.vips.iter().copied().collect(),
                 except_flags: opens | ends,
+                mark_mask: marked.then_some(config.host.server_mark_mask),
                 maps: maps.into(),
                 spreads: Vec::new(),
             },
             entries: BTreeMap::new(),
             stats: Arc::clone(&balancer.stats),
+            marks: marked.then(|| marks.collect()),
             plain: offloadable.plain.clone(),
         };
         for (index, service) in config.services.iter().enumerate() {
@@ -202,7 +216,15 @@ impl Plan {
         &self.offload
     }
 
-    fn entry(&mut self, map: usize, key: SocketAddr, to: IpAddr, way: Way, server: &Arc<ServerStats>) {
+    /// How packets get to a server, by its address.
+    fn towards(&self, server: usize, address: Option<IpAddr>) -> Option<Goal> {
+        match &self.marks {
+            None => address.map(Goal::Address),
+            Some(marks) => marks.get(server).copied().flatten().map(Goal::Mark),
+        }
+    }
+
+    fn entry(&mut self, map: usize, key: SocketAddr, to: Goal, way: Way, server: &Arc<ServerStats>) {
         if self.offload.maps[map].entries.insert(key, to).is_none() {
             let entry = Entry { way, server: Arc::clone(server), seen: Count::default() };
             self.entries.insert(Counted::Map(map, key), entry);
@@ -213,10 +235,10 @@ impl Plan {
     fn service_ports(&mut self, config: &Config, index: usize, service: &Service, balancer: &Balancer) {
         for (map, transport) in [(0, Transport::Tcp), (2, Transport::Udp)] {
             for vip in service.vips.iter().filter(|vip| service.is_reached(**vip, transport)) {
-                for (server, stats) in config.servers.iter().zip(&balancer.servers) {
-                    let Some(address) = server.address(Family::of(*vip)) else { continue };
+                for (number, (server, stats)) in config.servers.iter().zip(&balancer.servers).enumerate() {
+                    let Some(goal) = self.towards(number, server.address(Family::of(*vip))) else { continue };
                     for port in server.ports_of(index).flat_map(shunt_host::PortRange::ports) {
-                        self.entry(map, SocketAddr::new(*vip, port), address, Way::Owner, stats);
+                        self.entry(map, SocketAddr::new(*vip, port), goal, Way::Owner, stats);
                     }
                 }
             }
@@ -230,9 +252,10 @@ impl Plan {
         }
         for vip in unowned(&balancer.table, service) {
             let server = balancer.table.vip(vip.ip()).and_then(crate::table::Vip::legacy_server);
-            let address = server.and_then(|server| balancer.table.address(server, vip.ip()));
-            if let (Some(server), Some(address)) = (server, address) {
-                self.entry(0, vip, address, Way::LegacyServer, &balancer.servers[server.index()]);
+            let goal = server
+                .and_then(|server| self.towards(server.index(), balancer.table.address(server, vip.ip())));
+            if let (Some(server), Some(goal)) = (server, goal) {
+                self.entry(0, vip, goal, Way::LegacyServer, &balancer.servers[server.index()]);
             }
         }
     }
@@ -246,7 +269,8 @@ impl Plan {
                 _ => continue,
             };
             let stats = &balancer.servers[back.server.index()];
-            self.entry(map, SocketAddr::new(address, port), back.vip, Way::ToClient, stats);
+            let goal = Goal::Address(back.vip);
+            self.entry(map, SocketAddr::new(address, port), goal, Way::ToClient, stats);
         }
     }
 
@@ -269,24 +293,27 @@ impl Plan {
         }
         for (family, maglev, targets) in known {
             let servers: BTreeSet<ServerId> = maglev.slots().iter().copied().collect();
-            let servers: Vec<(ServerId, IpAddr)> = servers
+            let servers: Vec<(ServerId, Goal)> = servers
                 .into_iter()
-                .filter_map(|server| Some((server, config.servers[server.index()].address(family)?)))
+                .filter_map(|server| {
+                    let address = config.servers[server.index()].address(family);
+                    Some((server, self.towards(server.index(), address)?))
+                })
                 .collect();
             let place = |server: &ServerId| {
                 servers.binary_search_by_key(server, |(id, _)| *id).map_or(u16::MAX, |place| place as u16)
             };
             let index = self.offload.spreads.len();
-            for (server, address) in &servers {
+            for (server, goal) in &servers {
                 let server = Arc::clone(&balancer.servers[server.index()]);
                 let entry = Entry { way: Way::LegacyHash, server, seen: Count::default() };
-                self.entries.insert(Counted::Spread(index, *address), entry);
+                self.entries.insert(Counted::Spread(index, *goal), entry);
             }
             self.offload.spreads.push(Spread {
                 targets,
                 seed: client_seed(config.level),
                 slots: maglev.slots().iter().map(place).collect(),
-                addresses: servers.iter().map(|(_, address)| *address).collect(),
+                goals: servers.iter().map(|(_, goal)| *goal).collect(),
             });
         }
     }
@@ -295,7 +322,7 @@ impl Plan {
     fn follow(&mut self, before: &Plan) {
         let value = |offload: &Offload, of: &Counted| match of {
             Counted::Map(map, key) => offload.maps.get(*map)?.entries.get(key).copied(),
-            Counted::Spread(_, address) => Some(*address),
+            Counted::Spread(_, goal) => Some(*goal),
         };
         for (of, entry) in &mut self.entries {
             let Some(known) = before.entries.get(of) else { continue };
@@ -375,12 +402,13 @@ impl Standing {
         base: Vec<Change>,
         config: &Config,
         balancer: &Balancer,
+        devices: &Devices,
     ) -> Result<(), HostError> {
         self.count(host).await;
         let generation = host.offload_generation();
         let plan = match &self.never {
             Some(obstacle) => Err(obstacle.clone()),
-            None => Plan::new(config, balancer),
+            None => Plan::new(config, balancer, devices),
         };
         let mut plan = match plan {
             Ok(plan) => plan,
@@ -389,7 +417,6 @@ impl Standing {
                 return host.replace(base).await;
             }
         };
-        plan.offload.except_interface = Some(config.host.device.clone());
         self.links = links(config).await?;
         let both =
             |plan: &Plan, links: &BTreeSet<String>| base.iter().cloned().chain(with(plan, links)).collect();
@@ -435,9 +462,12 @@ fn with(plan: &Plan, links: &BTreeSet<String>) -> Vec<Change> {
     checks.chain([plan.offload.clone().into()]).collect()
 }
 
-/// The interfaces by which servers are reached.
+/// The interfaces from which answers come, `network` mode.
 async fn links(config: &Config) -> Result<BTreeSet<String>, HostError> {
     let mut links = BTreeSet::new();
+    if config.forward != ForwardMode::Network {
+        return Ok(links);
+    }
     for &address in config.servers.iter().flat_map(|server| &server.addresses) {
         match query::next_hop(address).await {
             Ok(hop) => drop(links.insert(hop.interface)),

@@ -19,7 +19,7 @@ use tokio::runtime::Handle;
 
 use crate::error::{HostError, absent};
 use crate::nft::{ELEMENTS_PER_MESSAGE, connect, exists};
-use crate::offload::{Count, Counted, End, Offload, PortMap, Spread};
+use crate::offload::{Count, Counted, End, Goal, Offload, PortMap, Spread};
 use crate::prefix::{Family, Transport};
 
 const CHAIN: &str = "forward";
@@ -70,8 +70,9 @@ fn shape(offload: &Offload) -> impl PartialEq {
     let spreads: Vec<_> =
         offload.spreads.iter().map(|spread| (family_of(spread), spread.seed, spread.slots.len())).collect();
     let except = both(&|family| offload.except_destinations.iter().any(|to| Family::of(*to) == family));
-    let (interface, ports) = (offload.except_interface.clone(), offload.except_local_ports.clone());
-    (maps, spreads, except, interface, ports, offload.except_flags)
+    let interfaces = (offload.except_interface.clone(), offload.except_prefix.clone());
+    let ports = offload.except_local_ports.clone();
+    (maps, spreads, except, interfaces, ports, (offload.except_flags, offload.mark_mask))
 }
 
 /// Lets one batch be as large as it has to be. What is forbidden here shows when the batch is sent.
@@ -106,8 +107,12 @@ pub(crate) async fn counts(table: &str, offload: &Offload) -> Result<BTreeMap<Co
     }
     for (index, spread) in offload.spreads.iter().enumerate() {
         for element in elements(&nft, table, &spread_names(index)[2]).await? {
-            if let Some(address) = address(element.key(), family_of(spread)) {
-                add(Counted::Spread(index, address), &element);
+            let goal = match offload.mark_mask {
+                None => address(element.key(), family_of(spread)).map(Goal::Address),
+                Some(_) => element.key().first_chunk().map(|mark| Goal::Mark(u32::from_ne_bytes(*mark))),
+            };
+            if let Some(goal) = goal {
+                add(Counted::Spread(index, goal), &element);
             }
         }
     }
@@ -139,22 +144,32 @@ fn holds(map: &PortMap, family: Family) -> bool {
 }
 
 fn family_of(spread: &Spread) -> Family {
-    spread.addresses.first().map_or(Family::V4, |address| Family::of(*address))
+    spread.targets.first().map_or(Family::V4, |target| Family::of(target.ip()))
 }
 
 /// The key of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Key {
-    Slot(u32),
+    /// A slot, or a mark.
+    Number(u32),
     Address(IpAddr),
     Socket(SocketAddr),
+}
+
+impl From<Goal> for Key {
+    fn from(goal: Goal) -> Self {
+        match goal {
+            Goal::Address(address) => Key::Address(address),
+            Goal::Mark(mark) => Key::Number(mark),
+        }
+    }
 }
 
 impl Key {
     fn element(self) -> SetElement {
         match self {
             // Any number in the machine's byte order.
-            Key::Slot(slot) => SetElement::mark(slot),
+            Key::Number(number) => SetElement::mark(number),
             Key::Address(address) => element_of(address),
             Key::Socket(socket) => {
                 SetElement::concat([element_of(socket.ip()), SetElement::port(socket.port())])
@@ -166,21 +181,27 @@ impl Key {
 /// A set or map, and what is in it.
 struct Contents {
     set: Set,
-    entries: BTreeMap<Key, Option<IpAddr>>,
+    entries: BTreeMap<Key, Option<Goal>>,
 }
 
 /// The table in the making.
 struct Build<'a> {
     table: &'a str,
+    except_flags: u8,
+    mark_mask: Option<u32>,
     sets: Vec<Contents>,
     rules: Vec<Rule>,
 }
 
 impl<'a> Build<'a> {
     fn new(table: &'a str, offload: &Offload) -> Self {
-        let mut build = Build { table, sets: Vec::new(), rules: Vec::new() };
+        let Offload { except_flags, mark_mask, .. } = *offload;
+        let mut build = Build { table, except_flags, mark_mask, sets: Vec::new(), rules: Vec::new() };
         if let Some(interface) = &offload.except_interface {
             build.rules.push(build.rule().match_iif(interface).accept());
+        }
+        if let Some(prefix) = &offload.except_prefix {
+            build.rules.push(build.rule().match_iif_prefix(prefix).accept());
         }
         for ports in &offload.except_local_ports {
             for transport in [Transport::Tcp, Transport::Udp] {
@@ -193,11 +214,11 @@ impl<'a> Build<'a> {
             let except = build.excepted(family, &offload.except_destinations);
             for (index, map) in offload.maps.iter().enumerate().filter(|(_, map)| holds(map, family)) {
                 let except = except.as_deref().filter(|_| map.end == End::Source);
-                build.map(index, map, family, offload.except_flags, except);
+                build.map(index, map, family, except);
             }
         }
         for (index, spread) in offload.spreads.iter().enumerate() {
-            build.spread(index, spread, offload.except_flags);
+            build.spread(index, spread);
         }
         build
     }
@@ -254,56 +275,79 @@ impl<'a> Build<'a> {
         Some(name.to_owned())
     }
 
-    fn map(
-        &mut self,
-        index: usize,
-        map: &PortMap,
-        family: Family,
-        except_flags: u8,
-        except_to: Option<&str>,
-    ) {
+    /// What a goal is to a set.
+    fn goal_type(&self, family: Family) -> SetKeyType {
+        if self.mark_mask.is_some() { SetKeyType::Mark } else { address_type(family) }
+    }
+
+    /// Only whole packets of a protocol, without flags that are left alone and marks that are not ours.
+    fn taken(&self, family: Family, transport: Transport) -> Vec<Expr> {
+        let mut exprs = whole(family, transport, self.except_flags);
+        if let Some(mask) = self.mark_mask {
+            exprs.extend([
+                Expr::Meta { dreg: KEY, key: MetaKey::Mark },
+                masked(&(!mask).to_ne_bytes()),
+                compare(CmpOp::Eq, &[0; 4]),
+            ]);
+        }
+        exprs
+    }
+
+    /// Does with a packet as the goal in the result's register says.
+    fn reach(&self, end: End, family: Family) -> Expr {
+        match self.mark_mask {
+            None => write(end, family, RESULT),
+            Some(_) => Expr::MetaSet { key: MetaKey::Mark, sreg: RESULT },
+        }
+    }
+
+    fn map(&mut self, index: usize, map: &PortMap, family: Family, except_to: Option<&str>) {
         let name = map_name(index, family);
-        let of_family = |(key, _): &(&SocketAddr, &IpAddr)| Family::of(key.ip()) == family;
-        let same = |(key, to): &(&SocketAddr, &IpAddr)| key.is_ipv4() == to.is_ipv4();
-        let entries = map.entries.iter().filter(of_family).filter(same);
+        let fits = |(key, goal): &(&SocketAddr, &Goal)| {
+            let same = matches!(goal, Goal::Mark(_))
+                || matches!(goal, Goal::Address(to) if to.is_ipv4() == key.is_ipv4());
+            Family::of(key.ip()) == family && same
+        };
+        let entries = map.entries.iter().filter(fits);
         let entries = entries.map(|(key, to)| (Key::Socket(*key), Some(*to))).collect();
         let key = SetKeyType::Concat(vec![address_type(family), SetKeyType::InetService]);
-        let set = self.named(&name, key).map(SetDataType::Value(address_type(family)));
+        let set = self.named(&name, key).map(SetDataType::Value(self.goal_type(family)));
         self.sets.push(Contents { set: set.counter(), entries });
         let (offset, len) = place(End::Destination, family);
         let not_to = except_to.map(|set| {
             [payload(PayloadBase::Network, offset, len, KEY), LookupExpr::new(set, KEY).invert().into()]
         });
         let mut rule = self.rule();
-        for expr in whole(family, map.transport, except_flags)
+        for expr in self
+            .taken(family, map.transport)
             .into_iter()
             .chain(not_to.into_iter().flatten())
             .chain(load(map.end, family))
-            .chain([LookupExpr::new(&name, KEY).dreg(RESULT).into(), write(map.end, family, RESULT)])
+            .chain([LookupExpr::new(&name, KEY).dreg(RESULT).into(), self.reach(map.end, family)])
         {
             rule = rule.expr(expr);
         }
         self.rules.push(rule.notrack().expr(Expr::Verdict(Verdict::Accept)));
     }
 
-    fn spread(&mut self, index: usize, spread: &Spread, except: u8) {
+    fn spread(&mut self, index: usize, spread: &Spread) {
         let family = family_of(spread);
         let [targets, slots, counts] = spread_names(index);
         let key = SetKeyType::Concat(vec![address_type(family), SetKeyType::InetService]);
         let entries = spread.targets.iter().map(|target| (Key::Socket(*target), None)).collect();
         self.sets.push(Contents { set: self.named(&targets, key), entries });
-        let address = |index: &u16| spread.addresses.get(usize::from(*index)).copied();
+        let goal = |index: &u16| spread.goals.get(usize::from(*index)).copied();
         let entries = (0..)
             .zip(spread.slots.iter())
-            .filter_map(|(slot, index)| Some((Key::Slot(slot), Some(address(index)?))))
+            .filter_map(|(slot, index)| Some((Key::Number(slot), Some(goal(index)?))))
             .collect();
         // A set with a size has a fixed hash, the fastest there is.
-        let size = u32::try_from(spread.slots.len()).unwrap_or(u32::MAX);
-        let set = self.named(&slots, SetKeyType::Mark).size(size);
-        self.sets.push(Contents { set: set.map(SetDataType::Value(address_type(family))), entries });
-        let entries = spread.addresses.iter().map(|address| (Key::Address(*address), None)).collect();
-        self.sets.push(Contents { set: self.named(&counts, address_type(family)).counter(), entries });
         let modulus = u32::try_from(spread.slots.len()).unwrap_or(u32::MAX);
+        let set = self.named(&slots, SetKeyType::Mark).size(modulus);
+        let goals = self.goal_type(family);
+        self.sets.push(Contents { set: set.map(SetDataType::Value(goals.clone())), entries });
+        let entries = spread.goals.iter().map(|goal| (Key::from(*goal), None)).collect();
+        self.sets.push(Contents { set: self.named(&counts, goals).counter(), entries });
         let (offset, len) = place(End::Destination, family);
         let hash = Expr::Hash {
             dreg: RESULT,
@@ -314,8 +358,14 @@ impl<'a> Build<'a> {
             seed: Some(spread.seed),
             offset: 0,
         };
+        // Read again: the program `nft` cannot show a set that a map's result is looked up in.
+        let again = match self.mark_mask {
+            None => payload(PayloadBase::Network, offset, len, KEY),
+            Some(_) => Expr::Meta { dreg: KEY, key: MetaKey::Mark },
+        };
         let mut rule = self.rule();
-        for expr in whole(family, Transport::Tcp, except)
+        for expr in self
+            .taken(family, Transport::Tcp)
             .into_iter()
             .chain(load(End::Destination, family))
             .chain([LookupExpr::new(&targets, KEY).into()])
@@ -323,9 +373,8 @@ impl<'a> Build<'a> {
             .chain([
                 hash,
                 LookupExpr::new(&slots, RESULT).dreg(RESULT).into(),
-                write(End::Destination, family, RESULT),
-                // Read again: the program `nft` cannot show a set that a map's result is looked up in.
-                payload(PayloadBase::Network, offset, len, KEY),
+                self.reach(End::Destination, family),
+                again,
                 LookupExpr::new(&counts, KEY).into(),
             ])
         {
@@ -339,10 +388,10 @@ impl<'a> Build<'a> {
 fn added<'e>(
     transaction: Transaction,
     set: &Set,
-    entries: impl Iterator<Item = (&'e Key, &'e Option<IpAddr>)>,
+    entries: impl Iterator<Item = (&'e Key, &'e Option<Goal>)>,
 ) -> Transaction {
-    let element = |(key, to): (&Key, &Option<IpAddr>)| match to {
-        Some(to) => key.element().value(element_of(*to)),
+    let element = |(key, to): (&Key, &Option<Goal>)| match to {
+        Some(to) => key.element().value(Key::from(*to).element()),
         None => key.element(),
     };
     let elements: Vec<SetElement> = entries.map(element).collect();

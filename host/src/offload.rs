@@ -1,7 +1,7 @@
 //! Forwarding that the kernel does by itself: a description, from which nftables maps are made.
 //!
-//! An [`Offload`] rewrites addresses of packets as they arrive, before they are routed and without connection tracking,
-//! by maps alone: it remembers nothing. What no map knows goes on untouched. The maps work without the daemon, too: what
+//! An [`Offload`] rewrites addresses of packets as they arrive, or marks them, before they are routed and without connection
+//! tracking, by maps alone: it remembers nothing. What no map knows goes on untouched. The maps work without the daemon, too: what
 //! a killed one leaves goes on forwarding until its successor replaces it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,30 +26,38 @@ pub enum End {
     Destination,
 }
 
-/// Packets whose address and port of one end are a key get another address there.
+/// What becomes of a packet that is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Goal {
+    /// The end that was looked up gets this address.
+    Address(IpAddr),
+    /// The packet stays as it is and gets this mark, by which a rule may route it.
+    Mark(u32),
+}
+
+/// Packets whose address and port of one end are a key have a goal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortMap {
     /// Which end.
     pub end: End,
     /// Of which protocol.
     pub transport: Transport,
-    /// The new address; of the key's family, or the entry is left out.
-    pub entries: BTreeMap<SocketAddr, IpAddr>,
+    /// The goals; an address of another family than the key's leaves the entry out.
+    pub entries: BTreeMap<SocketAddr, Goal>,
 }
 
-/// TCP segments to one of several addresses and ports get the destination that a hash of their source says: the
-/// kernel's `jhash` with `seed` over the source address and the source port, in network order, the port followed by two
+/// TCP segments to one of several addresses and ports have the goal that a hash of their source says: the kernel's `jhash` with `seed` over the source address and the source port, in network order, the port followed by two
 /// zero bytes; scaled to the number of slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spread {
-    /// What is spread; all of the family of `addresses`.
+    /// What is spread, one at least; all of one family, that of the goals.
     pub targets: Vec<SocketAddr>,
     /// The hash's seed.
     pub seed: u32,
-    /// For each scaled hash the index of the address.
+    /// For each scaled hash the index of the goal.
     pub slots: Arc<[u16]>,
-    /// The destinations.
-    pub addresses: Vec<IpAddr>,
+    /// Where they go.
+    pub goals: Vec<Goal>,
 }
 
 /// What the kernel shall forward, in one nftables table of its own. Port maps come before spreads; the first that
@@ -62,6 +70,9 @@ pub struct Offload {
     /// What arrives on this interface is left alone: the daemon's own TUN.
     #[serde(skip)]
     pub except_interface: Option<String>,
+    /// What arrives on interfaces whose names begin so is left alone, too.
+    #[serde(skip)]
+    pub except_prefix: Option<String>,
     /// What goes to these ports of this host itself is left alone: answers to its own programs.
     #[serde(skip)]
     pub except_local_ports: Vec<PortRange>,
@@ -71,6 +82,10 @@ pub struct Offload {
     /// TCP segments with any of these flags are left alone.
     #[serde(skip)]
     pub except_flags: u8,
+    /// The bits of marks that are ours, where all goals are marks: packets with any other bit set are left alone. Without
+    /// it all goals are addresses.
+    #[serde(skip)]
+    pub mark_mask: Option<u32>,
     /// Maps from address and port.
     #[serde(skip)]
     pub maps: Vec<PortMap>,
@@ -100,6 +115,6 @@ pub struct Count {
 pub enum Counted {
     /// An entry of a port map, by the map's index and the key.
     Map(usize, SocketAddr),
-    /// A destination of a spread, by the spread's index.
-    Spread(usize, IpAddr),
+    /// A goal of a spread, by the spread's index.
+    Spread(usize, Goal),
 }

@@ -12,6 +12,8 @@ pub const TABLES: u32 = 256;
 pub const BALANCER_TABLES: u32 = 1024;
 /// Rule preferences a daemon may use, from [`HostOptions::preference`] on.
 pub const PREFERENCES: u32 = 20;
+/// The least number of bits for servers' marks: of as many servers as have route tables.
+const SERVER_MARK_BITS: u32 = BALANCER_TABLES.ilog2();
 /// The most queues of a device.
 pub const MAX_QUEUES: usize = 64;
 /// The experiment identifier (`ExID`) of the redirect option (RFC 6994, PROTOCOL.md) unless configured.
@@ -29,6 +31,7 @@ pub struct HostSettings {
     device: Option<Spanned<String>>,
     super_packets: Option<bool>,
     offload: Option<Spanned<OffloadSetting>>,
+    server_mark_mask: Option<Spanned<u32>>,
     queues: Option<Spanned<usize>>,
     pin: Option<Spanned<bool>>,
 }
@@ -53,6 +56,8 @@ pub struct HostOptions {
     pub mark: u32,
     /// The bits of a packet's mark that are ours; the others are left alone.
     pub mark_mask: u32,
+    /// The bits of a packet's mark that say to which server a balancer forwards it, where packets stay as they are.
+    pub server_mark_mask: u32,
     /// The first of the route tables ([`HostOptions::tables`]).
     pub table: u32,
     /// The first of [`PREFERENCES`] rule preferences, all before `lookup local` (moved to 100).
@@ -83,6 +88,7 @@ impl HostOptions {
             exid: DEFAULT_EXID,
             mark,
             mark_mask: 0x3000_0000,
+            server_mark_mask: 0x03ff_0000,
             table,
             preference,
             device: device.to_owned(),
@@ -96,6 +102,13 @@ impl HostOptions {
     /// The route tables that are ours.
     pub fn tables(&self) -> std::ops::Range<u32> {
         self.table..self.table.saturating_add(tables_of(self.role))
+    }
+
+    /// The mark of what is forwarded to the server with this number; `None` if the bits do not suffice.
+    pub fn server_mark(&self, number: u32) -> Option<u32> {
+        let shift = self.server_mark_mask.trailing_zeros();
+        let mark = number.checked_add(1)?.checked_shl(shift)?;
+        (mark >> shift == number + 1 && mark & !self.server_mark_mask == 0).then_some(mark)
     }
 
     /// The rule preferences that are ours.
@@ -160,8 +173,31 @@ impl HostSettings {
             }
             options.offload = *offload.get_ref() == OffloadSetting::Auto;
         }
+        self.resolve_server_marks(role, source, &mut options)?;
         self.resolve_queues(role, source, &mut options)?;
         Ok(options)
+    }
+
+    fn resolve_server_marks(
+        &self,
+        role: Role,
+        source: &Source,
+        options: &mut HostOptions,
+    ) -> Result<(), ConfigError> {
+        let Some(mask) = &self.server_mark_mask else { return Ok(()) };
+        options.server_mark_mask = *mask.get_ref();
+        let bits = options.server_mark_mask;
+        let run = bits >> bits.trailing_zeros().min(31);
+        let message = if role != Role::Balancer {
+            "only a balancer forwards to servers".to_owned()
+        } else if run & run.wrapping_add(1) != 0 || bits.count_ones() < SERVER_MARK_BITS {
+            format!("server_mark_mask has to be one run of at least {SERVER_MARK_BITS} bits")
+        } else if bits & options.mark_mask != 0 {
+            format!("server_mark_mask {bits:#x} has bits of mark_mask {:#x}", options.mark_mask)
+        } else {
+            return Ok(());
+        };
+        Err(source.error_at(mask.span(), message))
     }
 
     fn resolve_queues(
@@ -298,6 +334,7 @@ mod tests {
             ("super_packets = 1", "invalid type"),
             ("queues = 2", "only a balancer has several queues"),
             ("pin = true", "only a balancer has several queues"),
+            ("server_mark_mask = 0x3ff", "only a balancer forwards"),
             ("mask = 1", "unknown field"),
             ("offload = \"auto\"", "handshakes only"),
             ("offload = true", "wanted string"),

@@ -1,11 +1,12 @@
 //! What is left to the kernel, and that it is what userspace would do.
 
-use shunt_host::offload::{End, PortMap};
+use shunt_host::offload::{End, Goal, PortMap};
 use shunt_host::{Offload, Source};
 use shunt_stack::wire::{Packet, SeqNumber, TcpFlags};
 
 use super::packets::segment;
 use super::{balancer, casts, three_servers, with_udp};
+use crate::host::{Devices, ServerDevice};
 use crate::offload::{Obstacle, Offloadable, Plan};
 use crate::{Config, Route};
 
@@ -13,12 +14,31 @@ fn config(text: &str) -> Config {
     Config::parse(&Source::new("test.toml", text)).unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// With the devices of these servers, by their slots; `None`: its link is missing.
+fn offload_by(text: &str, slots: &[Option<u32>]) -> Offload {
+    let device = |slot: &Option<u32>| ServerDevice {
+        name: "t0".to_owned(),
+        slot: slot.unwrap_or_default(),
+        connected: slot.is_some(),
+    };
+    let servers = slots.iter().map(device).collect();
+    let devices = Devices { main: "shunt-lb0".to_owned(), mtu: 1500, servers };
+    Plan::new(&config(text), &balancer(text), &devices).unwrap().offload().clone()
+}
+
 fn offload(text: &str) -> Offload {
-    Plan::new(&config(text), &balancer(text)).unwrap().offload().clone()
+    offload_by(text, &[])
 }
 
 fn refused(text: &str) -> Obstacle {
     Offloadable::new(&config(text)).unwrap_err()
+}
+
+fn address(goal: Goal) -> std::net::IpAddr {
+    match goal {
+        Goal::Address(address) => address,
+        Goal::Mark(mark) => panic!("a mark: {mark:#x}"),
+    }
 }
 
 /// Where the maps send a segment: the server's address, or the client's with the VIP as source.
@@ -28,7 +48,7 @@ fn looked_up<'a>(
     packet: &Packet,
 ) -> Option<std::net::IpAddr> {
     let key = if end == End::Source { packet.source_socket() } else { packet.destination_socket() }?;
-    maps.into_iter().filter(|map| map.end == end).find_map(|map| map.entries.get(&key).copied())
+    maps.into_iter().filter(|map| map.end == end).find_map(|map| map.entries.get(&key).copied()).map(address)
 }
 
 #[test]
@@ -116,7 +136,7 @@ fn b3_slots_say_what_userspace_decides() {
                 panic!("{port}");
             };
             let slot = crate::maglev::hash_client(client, 0) as usize;
-            assert_eq!(spread.addresses[usize::from(spread.slots[slot])], cast.servers[server.index()]);
+            assert_eq!(address(spread.goals[usize::from(spread.slots[slot])]), cast.servers[server.index()]);
         }
     }
 }
@@ -126,4 +146,21 @@ fn what_opens_a_connection_comes_here_and_its_end_where_connections_are_counted(
     assert_eq!(offload(&three_servers("")).except_flags, 0x02);
     let counted = three_servers("") + "[statistics]\nconnections = true\n";
     assert_eq!(offload(&counted).except_flags, 0x07);
+}
+
+#[test]
+fn where_packets_stay_as_they_are_servers_have_marks() {
+    let text = three_servers("forward = \"direct\"");
+    let offload = offload_by(&text, &[Some(0), None, Some(7)]);
+    assert_eq!(offload.mark_mask, Some(0x03ff_0000));
+    assert_eq!(offload.except_prefix.as_deref(), Some("shunt-lb0-"));
+    for cast in casts() {
+        let goal = |port| offload.maps[0].entries.get(&cast.vip(port)).copied();
+        assert_eq!(goal(41_001), Some(Goal::Mark(0x0001_0000)));
+        assert_eq!(goal(41_002), None, "its packets are dropped, and counted");
+        assert_eq!(goal(41_003), Some(Goal::Mark(0x0008_0000)));
+        let spread = offload.spreads.iter().find(|spread| spread.targets.contains(&cast.vip(443))).unwrap();
+        assert!(spread.goals.contains(&Goal::Mark(0x0001_0000)));
+    }
+    assert!(offload.maps[1].entries.is_empty(), "answers go straight to clients");
 }

@@ -8,7 +8,7 @@ use tun_tap::Iface;
 use super::divert::{checksum, fragment_of, ip, received, segment};
 use crate::change::Sysctl;
 use crate::config::Role;
-use crate::offload::{Count, Counted, End, Offload, PortMap, Spread};
+use crate::offload::{Count, Counted, End, Goal, Offload, PortMap, Spread};
 use crate::prefix::{Family, PortRange, Transport};
 use crate::testing::{in_namespace, run, snapshot, tun};
 use crate::{Change, Host, HostOptions};
@@ -25,8 +25,8 @@ fn socket(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip(address), port)
 }
 
-fn entries(list: &[(&str, u16, &str)]) -> BTreeMap<SocketAddr, IpAddr> {
-    list.iter().map(|(from, port, to)| (socket(from, *port), ip(to))).collect()
+fn entries(list: &[(&str, u16, &str)]) -> BTreeMap<SocketAddr, Goal> {
+    list.iter().map(|(from, port, to)| (socket(from, *port), Goal::Address(ip(to)))).collect()
 }
 
 fn map(end: End, list: &[(&str, u16, &str)]) -> PortMap {
@@ -166,7 +166,7 @@ fn entries_that_stay_count_on_when_others_change() {
                 targets: vec![socket(vip, 80)],
                 seed: 1,
                 slots: slots(last),
-                addresses: vec![ip(server), ip(other)],
+                goals: vec![Goal::Address(ip(server)), Goal::Address(ip(other))],
             }],
             ..both_ways()
         };
@@ -234,7 +234,7 @@ fn a_spread_chooses_as_jhash_says() {
                 targets: vec![socket(vip, 80), socket(vip, 443)],
                 seed: 0x5eed_0001,
                 slots: Arc::clone(&slots),
-                addresses: (1..=7)
+                goals: (1..=7)
                     .map(|n| {
                         if vip.contains(':') {
                             ip(&format!("fd00:3::{n}"))
@@ -242,6 +242,7 @@ fn a_spread_chooses_as_jhash_says() {
                             ip(&format!("10.3.0.{n}"))
                         }
                     })
+                    .map(Goal::Address)
                     .collect(),
             };
         let spreads: Vec<Spread> = ENDS.into_iter().map(spread).collect();
@@ -261,8 +262,9 @@ fn a_spread_chooses_as_jhash_says() {
                     key.extend(port.to_be_bytes());
                     key.extend([0, 0]);
                     let slot = (u64::from(jhash::jhash(&key, spread.seed)) * SLOTS) >> 32;
-                    let chosen = spread.addresses[usize::from(slots[slot as usize])];
-                    assert_eq!(ends(&got), (ip(client), chosen), "port {port}");
+                    let chosen = spread.goals[usize::from(slots[slot as usize])];
+                    let (from, to) = ends(&got);
+                    assert_eq!((from, Goal::Address(to)), (ip(client), chosen), "port {port}");
                     assert!(sums_are_right(&got));
                     sent += 1;
                 }
@@ -271,8 +273,8 @@ fn a_spread_chooses_as_jhash_says() {
             assert_eq!(ends(&lab.passes(&untouched)), ends(&untouched));
             let counts = lab.counts().await;
             let of_family = |counted: &Counted| match counted {
-                Counted::Spread(_, address) => address.is_ipv4() == ip(vip).is_ipv4(),
-                Counted::Map(..) => false,
+                Counted::Spread(_, Goal::Address(address)) => address.is_ipv4() == ip(vip).is_ipv4(),
+                Counted::Spread(_, Goal::Mark(_)) | Counted::Map(..) => false,
             };
             let counted: u64 = counts.iter().filter(|(of, _)| of_family(of)).map(|(_, c)| c.packets).sum();
             assert_eq!(counted, sent);
