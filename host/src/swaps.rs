@@ -189,7 +189,7 @@ fn swap(rule: Rule, swaps: &SwapTable, family: Family, direction: &str, end: End
         payload(PayloadBase::Transport, 0, 2, source_port),
         address(End::Destination, destination),
         payload(PayloadBase::Transport, 2, 2, port_behind),
-        LookupExpr::new(&map_name(family, direction), KEY).dreg(RESULT).into(),
+        LookupExpr::new(map_name(family, direction), KEY).dreg(RESULT).into(),
         write,
     ]);
     exprs

@@ -82,7 +82,7 @@ fn c11_a_handover_settles_only_after_its_end() {
     }
     world.sent();
     assert_eq!(world.swaps(), [], "the service port has not shown that it took it (C10)");
-    for _ in 0..AFTER + 1 {
+    for _ in 0..=AFTER {
         let data = world.segment_of_server(Y, TcpFlags::ACK, IRS + 1, ISS + 11, None, &[2; 20]);
         assert!(world.remote(data).is_some());
     }
