@@ -164,11 +164,8 @@ fn a_stranger_who_brings_connections_back_does_so_less_and_less_often() {
 
 #[test]
 fn p1_a_change_of_the_own_port_needs_the_machine() {
-    let mut world = settling(Continuation::Auto);
-    world.learn_direct();
-    world.established();
-    world.says(TcpFlags::ACK);
-    assert!(matches!(world.swaps()[..], [SwapChange::Settled(_)]));
+    let mut world = settling(Continuation::Reconnect);
+    world.settled();
     let (local, vip, now) = (world.local, world.vip, world.now);
     world.client.rebind(now, local, vip, 50_777, None).unwrap();
     assert_eq!(world.swaps(), [SwapChange::Unsettled(world.swap(Y))]);
