@@ -44,7 +44,7 @@ pub struct Arguments {
     /// The program under test [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     pub shunt: Option<PathBuf>,
-    /// What the bench starts inside its hosts.
+    /// Another bench, or what a bench starts inside its hosts.
     #[command(subcommand)]
     pub part: Option<Part>,
 }

@@ -1,10 +1,12 @@
-//! `shunt-bench`: the balancer side by side with others, each between a client and a server of its own.
+//! `shunt-bench`: the balancer side by side with others, each between a client and a server of its own; `shunt-bench
+//! endpoint`: the userspace TCP endpoint.
 
 mod addresses;
 mod arguments;
 mod config;
 mod contestant;
 mod echo;
+mod endpoint;
 mod figure;
 mod hold;
 mod installed;

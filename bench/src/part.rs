@@ -1,4 +1,5 @@
-//! What this program runs inside the hosts: processes of their own, since each may only open so many files.
+//! The bench of the endpoint, and what this program runs inside the hosts: processes of their own, since each may only
+//! open so many files.
 
 use std::io::{BufRead as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -6,11 +7,18 @@ use std::net::{Ipv4Addr, SocketAddr};
 use anyhow::Result;
 use clap::Subcommand;
 
-use crate::{echo, hold};
+use crate::{echo, endpoint, hold};
 
-/// A part of the bench, started by it.
+/// Another bench, or a part that a bench starts.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Part {
+    Endpoint(endpoint::Arguments),
+    /// The process with the endpoint
+    #[command(hide = true)]
+    EndpointInside(endpoint::Inside),
+    /// The kernel's services for it
+    #[command(hide = true)]
+    EndpointKernel,
     /// Sends back what arrives on these ports
     #[command(hide = true)]
     Echo {
@@ -36,9 +44,15 @@ impl Part {
     /// # Errors
     /// A port cannot be listened on; a connection cannot be opened or does not live.
     pub fn run(&self) -> Result<()> {
+        if let Part::Endpoint(arguments) = self {
+            return endpoint::run(arguments);
+        }
         shunt_lab::die_with_parent()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         match self {
+            Part::Endpoint(_) => Ok(()),
+            Part::EndpointInside(inside) => tokio::runtime::Runtime::new()?.block_on(inside.run()),
+            Part::EndpointKernel => endpoint::serve(),
             Part::Echo { ports } => runtime.block_on(echo::serve(ports)),
             Part::Hold { target, source } => {
                 let mut open = Vec::new();

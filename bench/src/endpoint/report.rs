@@ -1,0 +1,75 @@
+//! The results as text and as JSON.
+
+use comfy_table::{ContentArrangement, Table, presets};
+use serde_json::{Map, Value, json};
+
+use super::{Figure, Results, Setting};
+
+/// A table: medians, and in brackets the least and the greatest.
+pub fn markdown(results: &Results) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(["", "sends, Gbit/s", "receives, Gbit/s", "connections/s"]);
+    for setting in Setting::ALL {
+        let title = match setting {
+            Setting::Offload => "super-packets".to_owned(),
+            Setting::Beside => format!("super-packets, {} connections open", results.idle),
+            Setting::Segments => "no super-packets".to_owned(),
+        };
+        let cells = Figure::ALL.map(|figure| {
+            let digits = digits(figure);
+            let summary = results.summary(setting, figure);
+            summary.map_or_else(String::new, |of| {
+                format!("{:.digits$} ({:.digits$}-{:.digits$})", of.median, of.low, of.high)
+            })
+        });
+        table.add_row(std::iter::once(title).chain(cells));
+    }
+    let memory = results.memory_per_connection().unwrap_or(f64::NAN);
+    format!("{table}\n\nMemory of an open connection: {memory:.0} bytes.")
+}
+
+/// The medians by figure and setting.
+pub fn json(results: &Results) -> Value {
+    let mut object = Map::new();
+    for figure in Figure::ALL {
+        let of = |setting: Setting| {
+            let median = results.summary(setting, figure)?.median;
+            Some((setting.key().to_owned(), json!(rounded(median, digits(figure)))))
+        };
+        let medians: Map<String, Value> = Setting::ALL.into_iter().filter_map(of).collect();
+        object.insert(figure.key().to_owned(), medians.into());
+    }
+    object.insert("open_connections".to_owned(), json!(results.idle));
+    let memory = results.memory_per_connection().map(|bytes| rounded(bytes, 0));
+    object.insert("bytes_per_connection".to_owned(), json!(memory));
+    object.into()
+}
+
+fn digits(figure: Figure) -> usize {
+    match figure {
+        Figure::Send | Figure::Receive => 2,
+        Figure::Connections => 0,
+    }
+}
+
+fn rounded(value: f64, digits: usize) -> f64 {
+    format!("{value:.digits$}").parse().unwrap_or(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_are_told_by_figure_and_setting() {
+        let values = [1.0, 3.0, 2.0].map(|value| (Setting::Offload, Figure::Send, value)).into();
+        let results = Results { values, idle: 1000, memory: Some((4096, 3_004_096)) };
+        let told = json(&results);
+        assert_eq!(told["send_gbps"]["offload"], 2.0);
+        assert_eq!(told["bytes_per_connection"], 3000.0);
+        assert!(told["send_gbps"].get("no_offload").is_none());
+        assert!(markdown(&results).contains("2.00 (1.00-3.00)"));
+        assert!(markdown(&results).contains("3000 bytes"));
+    }
+}
