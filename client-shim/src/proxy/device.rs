@@ -107,6 +107,10 @@ impl<D: Device> Device for Filtered<D> {
         self.device.send(packet).await
     }
 
+    fn takes_super_packets(&self) -> bool {
+        self.device.takes_super_packets()
+    }
+
     fn mtu(&self) -> usize {
         self.device.mtu()
     }

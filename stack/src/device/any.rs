@@ -84,6 +84,14 @@ impl Device for AnyDevice {
         }
     }
 
+    fn takes_super_packets(&self) -> bool {
+        match self {
+            AnyDevice::Tun(device) => device.takes_super_packets(),
+            #[cfg(feature = "plain-tun")]
+            AnyDevice::PlainTun(device) => device.takes_super_packets(),
+        }
+    }
+
     fn segmented(&self) -> u64 {
         match self {
             AnyDevice::Tun(device) => device.segmented(),

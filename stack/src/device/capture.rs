@@ -202,6 +202,10 @@ impl<D: Device> Device for Captured<D> {
         self.device.name()
     }
 
+    fn takes_super_packets(&self) -> bool {
+        self.device.takes_super_packets()
+    }
+
     fn segmented(&self) -> u64 {
         self.device.segmented()
     }

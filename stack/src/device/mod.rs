@@ -72,6 +72,12 @@ pub trait Device: Send + Sync {
     /// The interface's name.
     fn name(&self) -> &str;
 
+    /// Whether super-packets and partial checksums cost less here than what they stand for: who makes packets may then
+    /// make such.
+    fn takes_super_packets(&self) -> bool {
+        false
+    }
+
     /// Super-packets cut before they were written, because the kernel did not take them.
     fn segmented(&self) -> u64 {
         0
@@ -117,6 +123,10 @@ impl<D: Device> Device for Arc<D> {
 
     fn name(&self) -> &str {
         (**self).name()
+    }
+
+    fn takes_super_packets(&self) -> bool {
+        (**self).takes_super_packets()
     }
 
     fn segmented(&self) -> u64 {

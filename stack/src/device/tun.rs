@@ -288,6 +288,10 @@ impl Device for TunDevice {
         &self.name
     }
 
+    fn takes_super_packets(&self) -> bool {
+        self.header_len() > 0
+    }
+
     fn segmented(&self) -> u64 {
         self.segmented.load(Ordering::Relaxed)
     }

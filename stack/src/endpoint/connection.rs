@@ -1,6 +1,7 @@
 //! One connection: a smoltcp interface with a single socket, and what smoltcp does not keep.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
@@ -12,11 +13,11 @@ use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpEndpoint};
 use super::control::CloseBy;
 use super::error::ConnectionError;
 use super::options::TcpOptions;
-use super::phy::{Phy, Pool};
+use super::phy::{Phy, Pool, Shape};
 use super::windows::Windows;
 use crate::redirect::{ConnectionNumbers, RedirectOutcome};
 use crate::time::Instant;
-use crate::wire::{Packet, SeqNumber, TcpFlags};
+use crate::wire::{Packet, Rejected, SeqNumber, TcpFlags};
 
 /// A connection's name within its [`Connections`](super::Connections); never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,6 +29,21 @@ pub(super) struct Key {
     pub(super) local: SocketAddr,
     pub(super) peer: SocketAddr,
 }
+
+/// The link under all connections.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LinkShape {
+    pub(super) mtu: usize,
+    /// Whether the device takes super-packets.
+    pub(super) super_packets: bool,
+}
+
+/// What a peer takes that does not say (RFC 9293, MUST-15); smoltcp has the same for IPv6.
+const DEFAULT_MSS: usize = 536;
+/// A peer that wants less gets this much, by smoltcp and by Linux.
+const LEAST_MSS: usize = 48;
+/// The longest packet that its length fields can tell.
+const MAX_PACKET: usize = 65_535;
 
 /// How long things may take.
 #[derive(Debug, Clone)]
@@ -111,6 +127,12 @@ pub(super) struct Connection {
     pub(super) reset_when_sent: bool,
     /// Bytes of each packet kept free for an option.
     reserved: usize,
+    /// Whether the device takes super-packets.
+    super_packets: bool,
+    /// The peer's maximum segment size.
+    peer_mss: usize,
+    /// How the interface makes packets.
+    shape: Shape,
     windows: Windows,
 }
 
@@ -155,11 +177,11 @@ fn endpoint(socket: SocketAddr) -> IpEndpoint {
     IpEndpoint::new(IpAddress::from(socket.ip()), socket.port())
 }
 
-/// An interface with one address. It holds no state of the connection but the MTU.
-fn interface(now: Instant, address: IpAddr, mtu: usize, seed: u64) -> Interface {
+/// An interface with one address. It holds no state of the connection but the shape of its packets.
+fn interface(now: Instant, address: IpAddr, shape: Shape, seed: u64) -> Interface {
     let mut config = Config::new(HardwareAddress::Ip);
     config.random_seed = seed;
-    let mut phy = Phy { rx: None, tx: &mut Vec::new(), room: 0, mtu, pool: &mut Pool::default() };
+    let mut phy = Phy { rx: None, tx: &mut Vec::new(), room: 0, shape, pool: &mut Pool::default() };
     let mut interface = Interface::new(config, &mut phy, time(now));
     let prefix = if address.is_ipv4() { 32 } else { 128 };
     interface.update_ip_addrs(|addresses| {
@@ -171,7 +193,15 @@ fn interface(now: Instant, address: IpAddr, mtu: usize, seed: u64) -> Interface 
 
 impl Connection {
     /// A closed connection; `seed` is secret and never used before: the ISN follows from it.
-    pub(super) fn new(now: Instant, key: Key, options: &TcpOptions, mtu: usize, seed: u64) -> Connection {
+    pub(super) fn new(
+        now: Instant,
+        key: Key,
+        options: &TcpOptions,
+        link: LinkShape,
+        seed: u64,
+    ) -> Connection {
+        let LinkShape { mtu, super_packets } = link;
+        let shape = Shape { mtu, super_packet: None };
         let buffer = |size: usize| SocketBuffer::new(vec![0; size.max(1)]);
         let mut socket = Socket::new(buffer(options.receive_buffer), buffer(options.send_buffer));
         socket.set_nagle_enabled(!options.nodelay);
@@ -193,7 +223,7 @@ impl Connection {
             held: None,
             mtu,
             seed,
-            interface: interface(now, key.local.ip(), mtu, seed),
+            interface: interface(now, key.local.ip(), shape, seed),
             sockets,
             handle,
             created: now,
@@ -214,6 +244,9 @@ impl Connection {
             own_ports: Vec::new(),
             reset_when_sent: false,
             reserved: 0,
+            super_packets,
+            peer_mss: DEFAULT_MSS,
+            shape,
             windows: Windows::default(),
         }
     }
@@ -278,14 +311,26 @@ impl Connection {
         let before = self.state();
         let opened = self.windows.keep_open(packet);
         let bytes = opened.as_deref().unwrap_or(packet.bytes());
-        let mut phy = Phy { rx: Some(bytes), tx, room: 0, mtu: self.mtu - self.reserved, pool };
+        // A super-packet is more than the two segments that may wait for an acknowledgement (RFC 9293, SHLD-19).
+        let at_once = packet.segment_count() > 1;
+        let ack_delay = self.socket().ack_delay();
+        if at_once {
+            self.socket_mut().set_ack_delay(Some(smoltcp::time::Duration::ZERO));
+        }
+        let mut phy = Phy { rx: Some(bytes), tx, room: 0, shape: self.shape, pool };
         self.interface.poll_ingress_single(time(now), &mut phy, &mut self.sockets);
         self.heard = now;
+        if at_once {
+            self.socket_mut().set_ack_delay(ack_delay);
+        }
         if matches!(before, State::Listen | State::SynSent)
             && let Some(tcp) = packet.tcp().filter(|tcp| tcp.flags().contains(TcpFlags::SYN))
         {
             self.irs = Some(tcp.seq());
+            let mss = tcp.max_segment_size().filter(|mss| *mss > 0).map_or(DEFAULT_MSS, usize::from);
+            self.peer_mss = mss.max(LEAST_MSS);
         }
+        self.reshape(now);
         let reset = packet.tcp().is_some_and(|tcp| tcp.flags().contains(TcpFlags::RST));
         let over = matches!(self.state(), State::Closed | State::Listen);
         // In TIME-WAIT both directions have ended as they should.
@@ -308,10 +353,17 @@ impl Connection {
         bare && tcp.ack() == numbers.snd_una && !tcp.seq().before(numbers.rcv_nxt)
     }
 
-    /// See [`Windows::put_right`].
-    pub(super) fn put_right(&self, packet: &mut [u8]) {
-        // smoltcp writes neither IP options nor extension headers.
-        self.windows.put_right(packet, if self.key.local.is_ipv4() { 20 } else { 40 });
+    /// Makes a packet of what smoltcp wrote, and remembers that it is sent.
+    pub(super) fn finish_packet(&mut self, mut buffer: BytesMut) -> Result<Packet, Rejected> {
+        self.windows.put_right(&mut buffer, self.headers() - 20);
+        let mut packet = Packet::parse_unsummed(buffer, self.segment())?;
+        let bare = packet.tcp().is_none_or(|tcp| tcp.payload().is_empty());
+        // What carries no data costs nothing, and may be kept, or get an option.
+        if bare || !self.super_packets {
+            packet.complete_checksum();
+        }
+        self.note_sent(&packet);
+        Ok(packet)
     }
 
     /// Lets the FIN go that had to wait; says whether it did.
@@ -341,7 +393,7 @@ impl Connection {
             return true;
         }
         loop {
-            let mut phy = Phy { rx: None, tx, room, mtu: self.mtu - self.reserved, pool };
+            let mut phy = Phy { rx: None, tx, room, shape: self.shape, pool };
             let result = self.interface.poll_egress(time(now), &mut phy, &mut self.sockets);
             if result == PollResult::None {
                 return tx.len() < room || !self.wants_now(now);
@@ -359,7 +411,7 @@ impl Connection {
     }
 
     /// Remembers what was sent.
-    pub(super) fn note_sent(&mut self, packet: &Packet) {
+    fn note_sent(&mut self, packet: &Packet) {
         let Some(tcp) = packet.tcp() else { return };
         self.windows.on_sent(&tcp);
         let Some(snd_nxt) = self.windows.snd_nxt() else { return };
@@ -422,14 +474,41 @@ impl Connection {
             return false;
         }
         self.mtu = mtu;
-        self.interface = interface(now, self.key.local.ip(), mtu - self.reserved, self.seed);
+        self.reshape(now);
         true
     }
 
     /// Makes its segments small enough for `bytes` of option each (W3).
     pub(super) fn reserve(&mut self, now: Instant, bytes: usize) {
         self.reserved = bytes;
-        self.interface = interface(now, self.key.local.ip(), self.mtu - bytes, self.seed);
+        self.reshape(now);
+    }
+
+    /// Payload of the largest segment that the path and the peer take.
+    pub(super) fn segment(&self) -> usize {
+        (self.mtu - self.reserved - self.headers()).min(self.peer_mss)
+    }
+
+    /// Bytes in front of the payload: smoltcp writes neither IP options nor extension headers, nor TCP options behind
+    /// the handshake.
+    fn headers(&self) -> usize {
+        if self.key.local.is_ipv4() { 40 } else { 60 }
+    }
+
+    /// Follows what packets may be like. Super-packets have to wait until data was acknowledged: before, a handover may
+    /// be open (C10), which says so on what has room (W3).
+    fn reshape(&mut self, now: Instant) {
+        let acknowledged = self.windows.acknowledged().is_some_and(|(una, _)| una.after(self.first));
+        let whole = (MAX_PACKET - self.headers()) / self.segment().max(1) * self.segment();
+        let wanted =
+            self.super_packets && self.reserved == 0 && (self.shape.super_packet.is_some() || acknowledged);
+        let super_packet =
+            NonZeroUsize::new(self.headers() + whole).filter(|_| wanted && whole > self.segment());
+        let shape = Shape { mtu: self.mtu - self.reserved, super_packet };
+        if shape != self.shape {
+            self.shape = shape;
+            self.interface = interface(now, self.key.local.ip(), shape, self.seed);
+        }
     }
 
     /// Bytes that have come in order.

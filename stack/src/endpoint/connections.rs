@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use siphasher::sip::SipHasher24;
 
-use super::connection::{Connection, ConnectionId, Key, Limits, Phase};
+use super::connection::{Connection, ConnectionId, Key, Limits, LinkShape, Phase};
 use super::error::{ConnectionError, EndpointError};
 use super::listeners::Listeners;
 use super::machine::Machine;
@@ -34,7 +34,7 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Connections {
     pub(super) machine: Machine,
     pub(super) limits: Limits,
-    mtu: usize,
+    link: LinkShape,
     addresses: Vec<IpAddr>,
     pub(super) ports: Option<Ports>,
     /// Secret of the ISNs.
@@ -102,7 +102,7 @@ impl Connections {
         Connections {
             machine,
             limits,
-            mtu,
+            link: LinkShape { mtu, super_packets: false },
             addresses: Vec::new(),
             ports: None,
             key,
@@ -124,6 +124,12 @@ impl Connections {
             pool: Pool::default(),
             counters: EndpointCounters::default(),
         }
+    }
+
+    /// Says whether the device takes super-packets and partial checksums; until then it does not. Connections that come
+    /// then make them.
+    pub fn set_super_packets(&mut self, takes: bool) {
+        self.link.super_packets = takes;
     }
 
     /// A number that only who knows the key can tell.
@@ -333,7 +339,7 @@ impl Connections {
     pub(super) fn create(&mut self, now: Instant, key: Key) -> ConnectionId {
         let id = ConnectionId(self.next);
         self.next += 1;
-        let connection = Connection::new(now, key, &self.limits.tcp, self.mtu, self.random(id.0));
+        let connection = Connection::new(now, key, &self.limits.tcp, self.link, self.random(id.0));
         self.connections.insert(id, connection);
         self.keys.insert(key, id);
         id
@@ -374,21 +380,15 @@ impl Connections {
     /// What the TCP of a connection sent goes through the machine.
     pub(super) fn emit(&mut self, now: Instant, id: ConnectionId) {
         let mut buffers = std::mem::take(&mut self.scratch);
-        for mut buffer in buffers.drain(..) {
-            if let Some(connection) = self.connections.get(&id) {
-                connection.put_right(&mut buffer);
-            }
-            let packet = match Packet::parse(buffer, Offload::default()) {
-                Ok(packet) => packet,
-                Err(rejected) => {
-                    self.pool.give(rejected.buffer);
-                    continue;
-                }
+        for buffer in buffers.drain(..) {
+            let Some(connection) = self.connections.get_mut(&id) else {
+                self.pool.give(buffer);
+                continue;
             };
-            if let Some(connection) = self.connections.get_mut(&id) {
-                connection.note_sent(&packet);
+            match connection.finish_packet(buffer) {
+                Ok(packet) => self.send(now, packet),
+                Err(rejected) => self.pool.give(rejected.buffer),
             }
-            self.send(now, packet);
         }
         self.scratch = buffers;
     }

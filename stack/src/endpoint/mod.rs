@@ -103,7 +103,8 @@ impl Endpoint {
         Ok(Endpoint::spawn(device, connections))
     }
 
-    fn spawn(device: impl Device + 'static, connections: Connections) -> Endpoint {
+    fn spawn(device: impl Device + 'static, mut connections: Connections) -> Endpoint {
+        connections.set_super_packets(device.takes_super_packets());
         let shared = Arc::new(Shared::new(connections));
         tokio::spawn(driver::run(device, Arc::clone(&shared)));
         Endpoint { handle: Arc::new(Handle { shared }) }

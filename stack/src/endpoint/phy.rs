@@ -1,5 +1,7 @@
 //! One connection's view of the network, as smoltcp wants it: at most one packet in, packets out while there is room.
 
+use std::num::NonZeroUsize;
+
 use bytes::BytesMut;
 use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
@@ -25,6 +27,14 @@ impl Pool {
     }
 }
 
+/// How large packets may be, as smoltcp is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) mtu: usize,
+    /// The longest super-packet, if there may be any.
+    pub(super) super_packet: Option<NonZeroUsize>,
+}
+
 pub(super) struct Phy<'p> {
     /// The packet that arrived.
     pub(super) rx: Option<&'p [u8]>,
@@ -32,7 +42,7 @@ pub(super) struct Phy<'p> {
     pub(super) tx: &'p mut Vec<BytesMut>,
     /// How many packets `tx` may hold; the answer to a received one always finds room.
     pub(super) room: usize,
-    pub(super) mtu: usize,
+    pub(super) shape: Shape,
     pub(super) pool: &'p mut Pool,
 }
 
@@ -56,17 +66,21 @@ impl Device for Phy<'_> {
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
-        capabilities(self.mtu)
+        capabilities(self.shape)
     }
 }
 
-/// Transport checksums of arriving packets are checked before, where it is known whether they are complete.
-fn capabilities(mtu: usize) -> DeviceCapabilities {
+/// Transport checksums of arriving packets are checked before, where it is known whether they are complete; those of
+/// packets that leave are computed behind, or by the device.
+fn capabilities(shape: Shape) -> DeviceCapabilities {
     let mut capabilities = DeviceCapabilities::default();
     capabilities.medium = Medium::Ip;
-    capabilities.max_transmission_unit = mtu;
+    // It drops IPv6 packets above the MTU even where they are super-packets.
+    capabilities.max_transmission_unit = shape.super_packet.map_or(shape.mtu, NonZeroUsize::get);
+    capabilities.segmentation.tcpv4 = shape.super_packet;
+    capabilities.segmentation.tcpv6 = shape.super_packet;
     let mut checksum = ChecksumCapabilities::default();
-    checksum.tcp = Checksum::Tx;
+    checksum.tcp = Checksum::None;
     capabilities.checksum = checksum;
     capabilities
 }

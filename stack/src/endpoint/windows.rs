@@ -13,7 +13,6 @@
 use bytes::BytesMut;
 
 use crate::redirect::window_scale;
-use crate::wire::checksum::Sum;
 use crate::wire::{Packet, SeqNumber, TcpFlags, TcpView};
 
 /// What both ends of a connection offer each other.
@@ -117,29 +116,22 @@ impl Windows {
         Some(copy)
     }
 
-    /// Corrects a packet that smoltcp made, whose TCP header begins at `tcp`.
+    /// Corrects a packet that smoltcp made, whose TCP header begins at `tcp` and whose checksum is not yet computed.
     pub(super) fn put_right(&self, packet: &mut [u8], tcp: usize) {
         let Some(header) = packet.get_mut(tcp..) else { return };
         if header.len() < 20 || TcpFlags(header[13]).intersects(TcpFlags::SYN | TcpFlags::RST) {
             return;
         }
-        let mut change = Sum::new();
-        let mut write = |header: &mut [u8], at: usize, bytes: &[u8]| {
-            change = change.remove(&header[at..at + bytes.len()]).add(bytes);
-            header[at..at + bytes.len()].copy_from_slice(bytes);
-        };
         let bare =
             header.len() == usize::from(header[12] >> 4) * 4 && !TcpFlags(header[13]).contains(TcpFlags::FIN);
         let seq = SeqNumber(u32::from_be_bytes([header[4], header[5], header[6], header[7]]));
         if let Some(snd_nxt) = self.snd_nxt().filter(|snd_nxt| bare && seq != *snd_nxt) {
-            write(header, 4, &snd_nxt.0.to_be_bytes());
+            header[4..8].copy_from_slice(&snd_nxt.0.to_be_bytes());
         }
         let offered = u16::from_be_bytes([header[14], header[15]]);
         if offered > 0 && self.scales().is_some_and(|(own, _)| own > 0) {
-            write(header, 14, &(offered - 1).to_be_bytes());
+            header[14..16].copy_from_slice(&(offered - 1).to_be_bytes());
         }
-        let sum = change.update(u16::from_be_bytes([header[16], header[17]]));
-        header[16..18].copy_from_slice(&sum.to_be_bytes());
     }
 }
 
@@ -208,7 +200,6 @@ mod tests {
             windows.put_right(&mut packet, 20);
             let packet = Packet::from_slice(&packet).unwrap();
             assert_eq!(packet.tcp().unwrap().window(), expected);
-            assert!(packet.checksum_ok());
         }
     }
 
@@ -219,7 +210,6 @@ mod tests {
             open(0).put_right(&mut packet, 20);
             let packet = Packet::from_slice(&packet).unwrap();
             assert_eq!(packet.tcp().unwrap().seq(), SeqNumber(expected));
-            assert!(packet.checksum_ok());
         }
     }
 }

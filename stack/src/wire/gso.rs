@@ -3,8 +3,9 @@
 use bytes::BytesMut;
 
 use super::checksum::Sum;
+use super::error::Rejected;
 use super::ip::{IPV6_LEN, Layout, Protocol, Version, be16};
-use super::packet::{Offload, Packet};
+use super::packet::{Gso, GsoKind, Offload, Packet};
 use super::vnet::{TCP_CHECKSUM, UDP_CHECKSUM, complete};
 
 /// TCP flags in the second byte of the word.
@@ -13,6 +14,34 @@ const PSH: u8 = 0x08;
 const CWR: u8 = 0x80;
 
 impl Packet {
+    /// Takes a TCP packet that this host makes, whose checksum nobody has computed: it gets a partial one, and is a
+    /// super-packet if its payload is longer than `segment` bytes.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse); also for anything but TCP.
+    pub fn parse_unsummed(buffer: BytesMut, segment: usize) -> Result<Packet, Rejected> {
+        let partial = Offload { partial_checksum: true, gso: None };
+        let mut packet = Packet::parse(buffer, partial)?;
+        let pseudo = Sum::new().add_pseudo_header(
+            packet.source(),
+            packet.destination(),
+            packet.layout.protocol.number(),
+            packet.layout.total - packet.layout.transport,
+        );
+        if let Some(field) = packet.checksum_offset() {
+            packet.buffer[field..field + 2].copy_from_slice(&pseudo.fold().to_be_bytes());
+        }
+        if packet.tcp().is_some_and(|tcp| tcp.payload().len() > segment) && segment > 0 {
+            let kind = match packet.layout.version {
+                Version::V4 => GsoKind::TcpV4,
+                Version::V6 => GsoKind::TcpV6,
+            };
+            let size = u16::try_from(segment).unwrap_or(u16::MAX);
+            packet.offload.gso = Some(Gso { kind, size, ecn: false });
+        }
+        Ok(packet)
+    }
+
     /// How many packets it is on a link: more than one if it is a super-packet.
     pub fn segment_count(&self) -> usize {
         let Some(gso) = self.offload.gso else { return 1 };

@@ -176,6 +176,14 @@ impl<'a> TcpView<'a> {
         u32::try_from(self.payload().len()).unwrap_or(u32::MAX).wrapping_add(control)
     }
 
+    /// The maximum segment size option.
+    pub fn max_segment_size(&self) -> Option<u16> {
+        self.options().flatten().find_map(|option| match option {
+            TcpOption::MaximumSegmentSize(size) => Some(size),
+            _ => None,
+        })
+    }
+
     /// The timestamps option (RFC 7323) as (`TSval`, `TSecr`).
     pub fn timestamps(&self) -> Option<(u32, u32)> {
         self.options().flatten().find_map(|option| match option {
