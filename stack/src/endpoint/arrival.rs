@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use smoltcp::socket::tcp::State;
 
-use super::connection::{ConnectionId, Key, Phase};
+use super::connection::{Connection, ConnectionId, Key, Phase};
 use super::connections::Connections;
 use super::error::{ConnectionError, EndpointError};
 use super::machine::Machine;
@@ -58,10 +58,16 @@ impl Connections {
 
     fn receive(&mut self, now: Instant, id: ConnectionId, packet: &Packet) {
         if let Some(connection) = self.connections.get_mut(&id) {
+            self.counters.polls += 1;
             connection.receive(now, packet, &mut self.scratch, &mut self.pool);
         }
         self.emit(now, id);
-        self.serve(now, id);
+        // Packets that arrive together are acknowledged together.
+        if self.connections.get(&id).is_some_and(Connection::may_wait) {
+            self.wake(id);
+        } else {
+            self.serve(now, id);
+        }
     }
 
     /// A SYN on a connection that exists, which smoltcp would drop (S7).

@@ -67,7 +67,7 @@ impl Connections {
                     PartEnd::Stream => {}
                 },
                 // The window has opened.
-                Poll::Ready(Ok(1..)) => self.wake(front),
+                Poll::Ready(Ok(1..)) => self.wake_for_program(front, false),
                 _ => {}
             }
             return result;
@@ -90,9 +90,15 @@ impl Connections {
         };
         let result = connection.poll_write(data, waker);
         if let Poll::Ready(Ok(_)) = result {
-            self.wake(back);
+            self.wake_for_program(back, true);
         }
         result
+    }
+
+    fn wake_for_program(&mut self, id: ConnectionId, wrote: bool) {
+        if self.connections.get_mut(&id).is_some_and(|connection| connection.wants_service(wrote)) {
+            self.wake(id);
+        }
     }
 
     /// Ends the program's half of the stream behind what it wrote.

@@ -1,23 +1,28 @@
 //! One connection: a smoltcp interface with a single socket, and what smoltcp does not keep.
 
-use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroUsize;
+mod program;
+mod shape;
+
+use std::net::SocketAddr;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
-use smoltcp::socket::tcp::{CongestionControl, Socket, SocketBuffer, State};
-use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpEndpoint};
+use smoltcp::iface::{Interface, PollResult};
+use smoltcp::socket::tcp::{Socket, State};
+use smoltcp::wire::{IpAddress, IpEndpoint};
 
+pub(super) use self::shape::LinkShape;
+use self::shape::{DEFAULT_MSS, LEAST_MSS, interface};
 use super::control::CloseBy;
 use super::error::ConnectionError;
 use super::options::TcpOptions;
 use super::phy::{Phy, Pool, Shape};
+use super::sockets::OwnSocket;
 use super::windows::Windows;
 use crate::redirect::{ConnectionNumbers, RedirectOutcome};
 use crate::time::Instant;
-use crate::wire::{Packet, Rejected, SeqNumber, TcpFlags};
+use crate::wire::{Packet, SeqNumber, TcpFlags};
 
 /// A connection's name within its [`Connections`](super::Connections); never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,21 +34,6 @@ pub(super) struct Key {
     pub(super) local: SocketAddr,
     pub(super) peer: SocketAddr,
 }
-
-/// The link under all connections.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct LinkShape {
-    pub(super) mtu: usize,
-    /// Whether the device takes super-packets.
-    pub(super) super_packets: bool,
-}
-
-/// What a peer takes that does not say (RFC 9293, MUST-15); smoltcp has the same for IPv6.
-const DEFAULT_MSS: usize = 536;
-/// A peer that wants less gets this much, by smoltcp and by Linux.
-const LEAST_MSS: usize = 48;
-/// The longest packet that its length fields can tell.
-const MAX_PACKET: usize = 65_535;
 
 /// How long things may take.
 #[derive(Debug, Clone)]
@@ -92,8 +82,7 @@ pub(super) struct Connection {
     pub(super) mtu: usize,
     seed: u64,
     interface: Interface,
-    sockets: SocketSet<'static>,
-    handle: SocketHandle,
+    own: OwnSocket,
     created: Instant,
     /// When the peer was last heard.
     heard: Instant,
@@ -127,6 +116,8 @@ pub(super) struct Connection {
     pub(super) reset_when_sent: bool,
     /// Bytes of each packet kept free for an option.
     reserved: usize,
+    /// Who waits for room in the send buffer.
+    writer: Option<Waker>,
     /// Whether the device takes super-packets.
     super_packets: bool,
     /// The peer's maximum segment size.
@@ -177,20 +168,6 @@ fn endpoint(socket: SocketAddr) -> IpEndpoint {
     IpEndpoint::new(IpAddress::from(socket.ip()), socket.port())
 }
 
-/// An interface with one address. It holds no state of the connection but the shape of its packets.
-fn interface(now: Instant, address: IpAddr, shape: Shape, seed: u64) -> Interface {
-    let mut config = Config::new(HardwareAddress::Ip);
-    config.random_seed = seed;
-    let mut phy = Phy { rx: None, tx: &mut Vec::new(), room: 0, shape, pool: &mut Pool::default() };
-    let mut interface = Interface::new(config, &mut phy, time(now));
-    let prefix = if address.is_ipv4() { 32 } else { 128 };
-    interface.update_ip_addrs(|addresses| {
-        // One of at least one place.
-        let _ = addresses.push(IpCidr::new(IpAddress::from(address), prefix));
-    });
-    interface
-}
-
 impl Connection {
     /// A closed connection; `seed` is secret and never used before: the ISN follows from it.
     pub(super) fn new(
@@ -199,16 +176,10 @@ impl Connection {
         options: &TcpOptions,
         link: LinkShape,
         seed: u64,
+        used: Option<OwnSocket>,
     ) -> Connection {
         let LinkShape { mtu, super_packets } = link;
         let shape = Shape { mtu, super_packet: None };
-        let buffer = |size: usize| SocketBuffer::new(vec![0; size.max(1)]);
-        let mut socket = Socket::new(buffer(options.receive_buffer), buffer(options.send_buffer));
-        socket.set_nagle_enabled(!options.nodelay);
-        socket.set_congestion_control(CongestionControl::Cubic);
-        socket.set_keep_alive(options.keep_alive.map(Into::into));
-        let mut sockets = SocketSet::new(Vec::with_capacity(1));
-        let handle = sockets.add(socket);
         Connection {
             key,
             phase: Phase::Connecting,
@@ -224,8 +195,7 @@ impl Connection {
             mtu,
             seed,
             interface: interface(now, key.local.ip(), shape, seed),
-            sockets,
-            handle,
+            own: OwnSocket::closed(used, options),
             created: now,
             heard: now,
             waiting: None,
@@ -244,6 +214,7 @@ impl Connection {
             own_ports: Vec::new(),
             reset_when_sent: false,
             reserved: 0,
+            writer: None,
             super_packets,
             peer_mss: DEFAULT_MSS,
             shape,
@@ -251,12 +222,17 @@ impl Connection {
         }
     }
 
+    /// Its socket, for another connection.
+    pub(super) fn into_socket(self) -> OwnSocket {
+        self.own
+    }
+
     fn socket(&self) -> &Socket<'static> {
-        self.sockets.get(self.handle)
+        self.own.socket()
     }
 
     fn socket_mut(&mut self) -> &mut Socket<'static> {
-        self.sockets.get_mut(self.handle)
+        self.own.socket_mut()
     }
 
     pub(super) fn state(&self) -> State {
@@ -266,8 +242,7 @@ impl Connection {
     /// Active open; false if smoltcp finds an address or port unusable.
     pub(super) fn connect(&mut self) -> bool {
         let (local, peer) = (endpoint(self.key.local), endpoint(self.key.peer));
-        let socket = self.sockets.get_mut::<Socket<'static>>(self.handle);
-        socket.connect(self.interface.context(), peer, local).is_ok()
+        self.own.socket_mut().connect(self.interface.context(), peer, local).is_ok()
     }
 
     /// Passive open; the SYN has to follow.
@@ -318,7 +293,7 @@ impl Connection {
             self.socket_mut().set_ack_delay(Some(smoltcp::time::Duration::ZERO));
         }
         let mut phy = Phy { rx: Some(bytes), tx, room: 0, shape: self.shape, pool };
-        self.interface.poll_ingress_single(time(now), &mut phy, &mut self.sockets);
+        self.interface.poll_ingress_single(time(now), &mut phy, self.own.set());
         self.heard = now;
         if at_once {
             self.socket_mut().set_ack_delay(ack_delay);
@@ -353,19 +328,6 @@ impl Connection {
         bare && tcp.ack() == numbers.snd_una && !tcp.seq().before(numbers.rcv_nxt)
     }
 
-    /// Makes a packet of what smoltcp wrote, and remembers that it is sent.
-    pub(super) fn finish_packet(&mut self, mut buffer: BytesMut) -> Result<Packet, Rejected> {
-        self.windows.put_right(&mut buffer, self.headers() - 20);
-        let mut packet = Packet::parse_unsummed(buffer, self.segment())?;
-        let bare = packet.tcp().is_none_or(|tcp| tcp.payload().is_empty());
-        // What carries no data costs nothing, and may be kept, or get an option.
-        if bare || !self.super_packets {
-            packet.complete_checksum();
-        }
-        self.note_sent(&packet);
-        Ok(packet)
-    }
-
     /// Lets the FIN go that had to wait; says whether it did.
     pub(super) fn finish(&mut self) -> bool {
         let goes = self.shut_down && (self.state() != State::CloseWait || self.all_sent());
@@ -394,7 +356,7 @@ impl Connection {
         }
         loop {
             let mut phy = Phy { rx: None, tx, room, shape: self.shape, pool };
-            let result = self.interface.poll_egress(time(now), &mut phy, &mut self.sockets);
+            let result = self.interface.poll_egress(time(now), &mut phy, self.own.set());
             if result == PollResult::None {
                 return tx.len() < room || !self.wants_now(now);
             }
@@ -407,7 +369,19 @@ impl Connection {
     }
 
     fn wants_now(&mut self, now: Instant) -> bool {
-        self.interface.poll_at(time(now), &self.sockets).is_some_and(|at| at <= time(now))
+        self.interface.poll_at(time(now), self.own.set()).is_some_and(|at| at <= time(now))
+    }
+
+    /// Whether it may be served behind other packets that have arrived: nothing but data is under way.
+    pub(super) fn may_wait(&self) -> bool {
+        self.phase == Phase::Open && self.state() == State::Established && self.stream.is_none()
+    }
+
+    /// Whether what its program did calls for a look at it: in the midst of a transfer most reads and writes do not.
+    pub(super) fn wants_service(&mut self, wrote: bool) -> bool {
+        // What is written first begins to wait for the peer.
+        let begins = wrote && self.waiting.is_none();
+        begins || !self.may_wait() || self.wants_now(self.heard)
     }
 
     /// Remembers what was sent.
@@ -461,54 +435,9 @@ impl Connection {
         if self.holds_unread_time_wait() {
             return None;
         }
-        let socket = self.interface.poll_at(time(now), &self.sockets);
+        let socket = self.interface.poll_at(time(now), self.own.set());
         let socket = socket.map(|at| Instant::from_micros(u64::try_from(at.total_micros()).unwrap_or(0)));
         [socket, self.own_deadline(limits)].into_iter().flatten().min()
-    }
-
-    /// Lowers the path MTU; says whether it did.
-    pub(super) fn lower_mtu(&mut self, now: Instant, mtu: usize) -> bool {
-        let least = if self.key.peer.is_ipv4() { 576 } else { 1280 };
-        let mtu = mtu.max(least);
-        if mtu >= self.mtu {
-            return false;
-        }
-        self.mtu = mtu;
-        self.reshape(now);
-        true
-    }
-
-    /// Makes its segments small enough for `bytes` of option each (W3).
-    pub(super) fn reserve(&mut self, now: Instant, bytes: usize) {
-        self.reserved = bytes;
-        self.reshape(now);
-    }
-
-    /// Payload of the largest segment that the path and the peer take.
-    pub(super) fn segment(&self) -> usize {
-        (self.mtu - self.reserved - self.headers()).min(self.peer_mss)
-    }
-
-    /// Bytes in front of the payload: smoltcp writes neither IP options nor extension headers, nor TCP options behind
-    /// the handshake.
-    fn headers(&self) -> usize {
-        if self.key.local.is_ipv4() { 40 } else { 60 }
-    }
-
-    /// Follows what packets may be like. Super-packets have to wait until data was acknowledged: before, a handover may
-    /// be open (C10), which says so on what has room (W3).
-    fn reshape(&mut self, now: Instant) {
-        let acknowledged = self.windows.acknowledged().is_some_and(|(una, _)| una.after(self.first));
-        let whole = (MAX_PACKET - self.headers()) / self.segment().max(1) * self.segment();
-        let wanted =
-            self.super_packets && self.reserved == 0 && (self.shape.super_packet.is_some() || acknowledged);
-        let super_packet =
-            NonZeroUsize::new(self.headers() + whole).filter(|_| wanted && whole > self.segment());
-        let shape = Shape { mtu: self.mtu - self.reserved, super_packet };
-        if shape != self.shape {
-            self.shape = shape;
-            self.interface = interface(now, self.key.local.ip(), shape, self.seed);
-        }
     }
 
     /// Bytes that have come in order.
@@ -565,8 +494,9 @@ impl Connection {
     /// Whether `seq` may be one of a segment in flight: what an ICMP error must quote (RFC 5927 §4.1).
     pub(super) fn may_have_sent(&self, seq: SeqNumber) -> bool {
         let Some(sent) = self.sent else { return false };
-        let behind = sent.snd_nxt.distance(seq);
-        usize::try_from(behind).is_ok_and(|behind| behind > 0 && behind <= self.socket().send_capacity() + 2)
+        let syn = SeqNumber(self.first.0.wrapping_sub(1));
+        let una = self.windows.acknowledged().map_or(syn, |(una, _)| una);
+        !seq.before(una) && seq.before(sent.snd_nxt)
     }
 
     /// The first reason stays.
@@ -607,61 +537,5 @@ impl Connection {
             self.socket_mut().abort();
         }
         unread
-    }
-
-    pub(super) fn poll_connected(&mut self, waker: &Waker) -> Poll<Result<(), ConnectionError>> {
-        if self.phase == Phase::Open && self.failure.is_none() {
-            return Poll::Ready(Ok(()));
-        }
-        if let Some(error) = self.failure {
-            return Poll::Ready(Err(error));
-        }
-        self.socket_mut().register_send_waker(waker);
-        Poll::Pending
-    }
-
-    /// Bytes read, 0 at the end of the stream.
-    pub(super) fn poll_read(
-        &mut self,
-        out: &mut [u8],
-        waker: &Waker,
-    ) -> Poll<Result<usize, ConnectionError>> {
-        if self.socket().can_recv() {
-            let read = self.socket_mut().recv_slice(out).unwrap_or(0);
-            self.read += read as u64;
-            return Poll::Ready(Ok(read));
-        }
-        if self.socket().may_recv() {
-            self.socket_mut().register_recv_waker(waker);
-            return Poll::Pending;
-        }
-        Poll::Ready(match self.failure {
-            Some(error) => Err(error),
-            None => Ok(0),
-        })
-    }
-
-    /// Bytes written, at least one.
-    pub(super) fn poll_write(&mut self, data: &[u8], waker: &Waker) -> Poll<Result<usize, ConnectionError>> {
-        if let Some(error) = self.failure {
-            return Poll::Ready(Err(error));
-        }
-        if self.shut_down {
-            return Poll::Ready(Err(ConnectionError::ShutDown));
-        }
-        if !self.socket().may_send() {
-            return Poll::Ready(Err(ConnectionError::Reset));
-        }
-        match self.socket_mut().send_slice(data) {
-            Ok(0) if !data.is_empty() => {
-                self.socket_mut().register_send_waker(waker);
-                Poll::Pending
-            }
-            Ok(written) => {
-                self.written += written as u64;
-                Poll::Ready(Ok(written))
-            }
-            Err(_) => Poll::Ready(Err(ConnectionError::Reset)),
-        }
     }
 }

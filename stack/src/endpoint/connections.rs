@@ -19,6 +19,7 @@ use super::moves::{Moving, Stream};
 use super::options::{ClientOptions, EndpointCounters, ServerOptions};
 use super::phy::Pool;
 use super::ports::Ports;
+use super::sockets::Sockets;
 use crate::redirect::{Action, Client, PathId, Server, ServicePorts, Towards, can_answer};
 use crate::time::{Instant, WallClock};
 use crate::wire::{Offload, Packet};
@@ -60,6 +61,7 @@ pub struct Connections {
     /// What the server's machine redirects from and to.
     pub(super) services: Vec<ServicePorts>,
     pub(super) pool: Pool,
+    sockets: Sockets,
     pub(super) counters: EndpointCounters,
 }
 
@@ -122,6 +124,7 @@ impl Connections {
             scratch: Vec::new(),
             services: Vec::new(),
             pool: Pool::default(),
+            sockets: Sockets::default(),
             counters: EndpointCounters::default(),
         }
     }
@@ -199,9 +202,9 @@ impl Connections {
         })
     }
 
-    /// A buffer that is not in use.
-    pub fn take_buffer(&mut self) -> BytesMut {
-        self.pool.take()
+    /// A buffer that is not in use, if possible one that held a packet of about `length` bytes.
+    pub fn take_buffer(&mut self, length: usize) -> BytesMut {
+        self.pool.take(length)
     }
 
     /// Gives a buffer back for reuse.
@@ -278,9 +281,14 @@ impl Connections {
         self.out.pop_front()
     }
 
+    /// Whether [`handle_timeout`](Self::handle_timeout) wants to be called at once, or packets wait to be fetched.
+    pub fn has_work(&self) -> bool {
+        !self.out.is_empty() || !self.ready.is_empty() || !self.due.is_empty()
+    }
+
     /// When [`handle_timeout`](Self::handle_timeout) wants to be called; [`Instant::ZERO`]: at once.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        if !self.out.is_empty() || !self.ready.is_empty() || !self.due.is_empty() {
+        if self.has_work() {
             return Some(Instant::ZERO);
         }
         let connection = self.timers.first().map(|(at, _)| *at);
@@ -339,7 +347,8 @@ impl Connections {
     pub(super) fn create(&mut self, now: Instant, key: Key) -> ConnectionId {
         let id = ConnectionId(self.next);
         self.next += 1;
-        let connection = Connection::new(now, key, &self.limits.tcp, self.link, self.random(id.0));
+        let seed = self.random(id.0);
+        let connection = Connection::new(now, key, &self.limits.tcp, self.link, seed, self.sockets.take());
         self.connections.insert(id, connection);
         self.keys.insert(key, id);
         id
@@ -359,6 +368,7 @@ impl Connections {
     pub(super) fn serve(&mut self, now: Instant, id: ConnectionId) {
         let room = OUT_LIMIT.saturating_sub(self.out.len());
         let Some(connection) = self.connections.get_mut(&id) else { return };
+        self.counters.polls += 1;
         if connection.expire(now, &self.limits) {
             self.counters.timed_out += 1;
         }
@@ -418,6 +428,7 @@ impl Connections {
             }
         }
         let Some(connection) = self.connections.get_mut(&id) else { return };
+        connection.wake_writer();
         let over = connection.is_over();
         let deadline = if over { None } else { connection.deadline(now, &self.limits) };
         let deadline = deadline.map(|at| at.max(now + SERVE_INTERVAL));
@@ -452,8 +463,8 @@ impl Connections {
                 self.sweep_at.get_or_insert(now + SWEEP_INTERVAL);
             }
         }
-        if released {
-            self.connections.remove(&id);
+        if released && let Some(connection) = self.connections.remove(&id) {
+            self.sockets.give(connection.into_socket());
         }
     }
 

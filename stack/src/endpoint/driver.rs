@@ -56,6 +56,8 @@ async fn once<F: Future>(future: F) -> Option<F::Output> {
 
 async fn drive<D: Device>(device: &D, shared: &Shared) -> io::Result<()> {
     let mut packets = Vec::with_capacity(BATCH);
+    // Of the packet received last: the next one is like it.
+    let mut length = 0;
     loop {
         let (deadline, closing) = collect(shared, &mut packets);
         send(device, shared, &mut packets).await;
@@ -63,7 +65,7 @@ async fn drive<D: Device>(device: &D, shared: &Shared) -> io::Result<()> {
             return Ok(());
         }
         tokio::task::coop::consume_budget().await;
-        let mut buffer = shared.lock().connections.take_buffer();
+        let mut buffer = shared.lock().connections.take_buffer(length);
         let due = async {
             match deadline {
                 Some(at) => tokio::time::sleep_until(at).await,
@@ -73,7 +75,7 @@ async fn drive<D: Device>(device: &D, shared: &Shared) -> io::Result<()> {
         tokio::select! {
             biased;
             received = device.recv(&mut buffer) => {
-                receive(device, shared, buffer, received?).await?;
+                length = receive(device, shared, buffer, received?).await?;
             }
             () = shared.work.notified() => shared.lock().connections.give_buffer(buffer),
             () = due => shared.lock().connections.give_buffer(buffer),
@@ -126,27 +128,29 @@ async fn send<D: Device>(device: &D, shared: &Shared, packets: &mut Vec<Packet>)
     }
 }
 
-/// Hands a packet in, and those that are there already.
+/// Hands a packet in, and those that are there already; gives back the length of the last.
 async fn receive<D: Device>(
     device: &D,
     shared: &Shared,
     buffer: BytesMut,
     offload: Offload,
-) -> io::Result<()> {
+) -> io::Result<usize> {
     let now = shared.now();
     let mut received = (buffer, offload);
     for _ in 0..BATCH {
+        let length = received.0.len();
         let mut buffer = {
             let mut state = shared.lock();
             state.connections.handle_input(now, received.0, received.1);
-            state.connections.take_buffer()
+            state.connections.take_buffer(length)
         };
         let Some(result) = once(device.recv(&mut buffer)).await else {
             shared.lock().connections.give_buffer(buffer);
-            return Ok(());
+            return Ok(length);
         };
         received = (buffer, result?);
     }
+    let length = received.0.len();
     shared.lock().connections.handle_input(now, received.0, received.1);
-    Ok(())
+    Ok(length)
 }

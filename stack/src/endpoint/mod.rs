@@ -5,6 +5,11 @@
 //! own, found by address and port in a map. [`Endpoint`] runs it over a [`Device`] in one task. Nothing here grows
 //! without bound: connections, half-open ones, backlogs, buffers and packets under way all have limits.
 //!
+//! Data goes out in super-packets where the device takes them: a connection makes them as soon as the peer has acknowledged
+//! data, of segments that the peer and the path take, and not while room for an option is kept free (W3). What arrives
+//! together is acknowledged together. Work follows packets, calls and timers, never the number of open connections
+//! ([`EndpointCounters::polls`]); only what ends is swept together once a second (C12).
+//!
 //! A client's stream may go through several connections, one after the other: when its server asks for another
 //! (PROTOCOL.md §4) and the VIP's redirects are followed, the stream is cut where [`MoveAt`] allows it.
 //!
@@ -26,6 +31,7 @@ mod options;
 mod phy;
 mod ports;
 mod shared;
+mod sockets;
 mod stream;
 #[cfg(test)]
 mod tests;

@@ -16,7 +16,8 @@ pub struct TcpOptions {
     pub receive_buffer: usize,
     /// Bytes of a connection's send buffer: what a program can write ahead of the peer's acknowledgements.
     pub send_buffer: usize,
-    /// Connections at the most, those in TIME-WAIT included. Each may use both buffers' bytes of memory.
+    /// Connections at the most, those in TIME-WAIT included. Each may use both buffers' bytes of memory; what it has not
+    /// used yet of them is only reserved.
     pub max_connections: usize,
     /// How long a peer may leave data, a FIN or a probe unanswered before the connection is given up (RFC 9293 §3.8.3,
     /// RFC 5482).
@@ -32,8 +33,8 @@ pub struct TcpOptions {
 impl Default for TcpOptions {
     fn default() -> Self {
         TcpOptions {
-            receive_buffer: 65_535,
-            send_buffer: 65_535,
+            receive_buffer: 512 << 10,
+            send_buffer: 512 << 10,
             max_connections: 16_384,
             user_timeout: Duration::from_secs(100),
             fin_timeout: Duration::from_secs(60),
@@ -140,6 +141,8 @@ pub struct EndpointCounters {
     pub half_open_dropped: u64,
     /// Connections given up after `user_timeout` or `fin_timeout`.
     pub timed_out: u64,
+    /// How often the TCP of a connection was looked at: for what happens to it, however many others are open.
+    pub polls: u64,
     /// Path MTUs lowered by ICMP (RFC 1191, RFC 8201).
     pub mtu_lowered: u64,
     /// Packets that the device did not take.

@@ -8,21 +8,30 @@ use smoltcp::time::Instant;
 
 /// Free bytes behind an emitted packet: the redirect option is inserted there without another allocation.
 const HEADROOM: usize = 48;
-/// Buffers kept for reuse.
-const POOL: usize = 256;
+/// Buffers of each kind kept for reuse.
+const POOL: usize = 128;
+/// What is longer was a super-packet.
+const LARGE: usize = 16 << 10;
 
-/// Buffers to be filled anew.
+/// Buffers to be filled anew. They keep their length, and what they are given to hold later overwrites the old: filling
+/// them with zeros first would cost as much as the rest. So those of super-packets stand apart.
 #[derive(Debug, Default)]
-pub(super) struct Pool(Vec<BytesMut>);
+pub(super) struct Pool {
+    small: Vec<BytesMut>,
+    large: Vec<BytesMut>,
+}
 
 impl Pool {
-    pub(super) fn take(&mut self) -> BytesMut {
-        self.0.pop().unwrap_or_default()
+    /// A buffer of any length, if possible such as held a packet of about `length` bytes.
+    pub(super) fn take(&mut self, length: usize) -> BytesMut {
+        let kind = if length > LARGE { &mut self.large } else { &mut self.small };
+        kind.pop().unwrap_or_default()
     }
 
     pub(super) fn give(&mut self, buffer: BytesMut) {
-        if self.0.len() < POOL {
-            self.0.push(buffer);
+        let kind = if buffer.len() > LARGE { &mut self.large } else { &mut self.small };
+        if kind.len() < POOL {
+            kind.push(buffer);
         }
     }
 }
@@ -100,9 +109,9 @@ pub(super) struct Tx<'p> {
 
 impl TxToken for Tx<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
-        let mut buffer = self.pool.take();
-        buffer.clear();
-        buffer.reserve(length + HEADROOM);
+        let mut buffer = self.pool.take(length);
+        buffer.truncate(length);
+        buffer.reserve(length + HEADROOM - buffer.len());
         buffer.resize(length, 0);
         let result = f(&mut buffer);
         self.tx.push(buffer);

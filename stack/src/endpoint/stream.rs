@@ -87,11 +87,15 @@ impl AsyncRead for TcpStream {
         if out.remaining() == 0 {
             return Poll::Ready(Ok(()));
         }
+        let out_bytes = out.initialize_unfilled();
         let mut state = self.shared.lock();
-        let read = ready!(state.connections.poll_read(self.id, out.initialize_unfilled(), context.waker()))?;
+        let read = ready!(state.connections.poll_read(self.id, out_bytes, context.waker()))?;
+        let work = state.connections.has_work();
         drop(state);
         out.advance(read);
-        self.shared.work.notify_one();
+        if work {
+            self.shared.work.notify_one();
+        }
         Poll::Ready(Ok(()))
     }
 }
@@ -100,8 +104,11 @@ impl AsyncWrite for TcpStream {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let mut state = self.shared.lock();
         let written = ready!(state.connections.poll_write(self.id, data, context.waker()))?;
+        let work = state.connections.has_work();
         drop(state);
-        self.shared.work.notify_one();
+        if work {
+            self.shared.work.notify_one();
+        }
         Poll::Ready(Ok(written))
     }
 

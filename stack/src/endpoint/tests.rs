@@ -1,6 +1,7 @@
 //! The sans-IO core, segment by segment.
 
 mod standard;
+mod super_packets;
 
 use std::net::SocketAddr;
 use std::task::{Poll, Waker};
