@@ -51,7 +51,11 @@ impl Part {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         match self {
             Part::Endpoint(_) => Ok(()),
-            Part::EndpointInside(inside) => tokio::runtime::Runtime::new()?.block_on(inside.run()),
+            Part::EndpointInside(inside) => {
+                let runtime = tokio::runtime::Runtime::new()?;
+                // On a worker, as programs run beside the endpoint.
+                runtime.block_on(runtime.spawn(inside.clone().run()))?
+            }
             Part::EndpointKernel => endpoint::serve(),
             Part::Echo { ports } => runtime.block_on(echo::serve(ports)),
             Part::Hold { target, source } => {

@@ -11,13 +11,16 @@ use super::ports;
 /// Read and written at a time.
 const PIECE: usize = 256 << 10;
 
+/// What is done with a port's connections.
+type Service = fn(&TcpListener);
+
 /// Serves all ports until the bench ends.
 ///
 /// # Errors
 /// A port is taken, or there are not enough files.
 pub fn serve() -> Result<()> {
     rlimit::increase_nofile_limit(u64::MAX).context("raising the number of open files")?;
-    let services: [(u16, fn(&TcpListener)); 4] = [
+    let services: [(u16, Service); 4] = [
         (ports::SINK, |listener| each(listener, sink)),
         (ports::SOURCE, |listener| each(listener, source)),
         (ports::HOLD, hold),

@@ -41,6 +41,9 @@ pub struct Arguments {
     /// Connections that are open beside the measured one
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=50_000))]
     idle: u32,
+    /// Only these measurements; may be repeated
+    #[arg(long, value_name = "MEASURE")]
+    measure: Vec<Measure>,
     /// Bytes of each connection's buffers [default: the endpoint's]
     #[arg(long, value_parser = clap::value_parser!(u32).range(4096..=1 << 24))]
     buffer: Option<u32>,
@@ -73,26 +76,55 @@ impl Setting {
     }
 }
 
-/// What is measured of each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Figure {
-    /// One stream from the endpoint to the kernel.
+/// What is done in each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Measure {
+    /// One stream from the endpoint to the kernel
     Send,
-    /// One stream from the kernel to the endpoint.
+    /// One stream from the kernel to the endpoint
     Receive,
-    /// Connections opened, asked one byte and closed, 64 at a time.
+    /// Connections opened, asked one byte and closed, 64 at a time
     Connections,
 }
 
-impl Figure {
-    const ALL: [Figure; 3] = [Figure::Send, Figure::Receive, Figure::Connections];
+impl Measure {
+    const ALL: [Measure; 3] = [Measure::Send, Measure::Receive, Measure::Connections];
 
-    fn key(self) -> &'static str {
+    /// The rate and the cost that it gives.
+    fn figures(self) -> [Figure; 2] {
         match self {
-            Figure::Send => "send_gbps",
-            Figure::Receive => "receive_gbps",
-            Figure::Connections => "connections_per_s",
+            Measure::Send => [
+                Figure { key: "send_gbps", title: "sends, Gbit/s", digits: 2, scale: 1.0 },
+                Figure { key: "send_cpu_s_per_gb", title: "CPU s/GB", digits: 3, scale: 1.0 },
+            ],
+            Measure::Receive => [
+                Figure { key: "receive_gbps", title: "receives, Gbit/s", digits: 2, scale: 1.0 },
+                Figure { key: "receive_cpu_s_per_gb", title: "CPU s/GB", digits: 3, scale: 1.0 },
+            ],
+            Measure::Connections => [
+                Figure { key: "connections_per_s", title: "connections/s", digits: 0, scale: 1.0 },
+                Figure { key: "cpu_us_per_connection", title: "CPU µs each", digits: 1, scale: 1e6 },
+            ],
         }
+    }
+}
+
+/// How a figure is told.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Figure {
+    /// The key in JSON.
+    key: &'static str,
+    /// Above its column.
+    title: &'static str,
+    /// Digits behind the point.
+    digits: usize,
+    /// What it is multiplied by.
+    scale: f64,
+}
+
+impl Figure {
+    fn all() -> impl Iterator<Item = Figure> {
+        Measure::ALL.into_iter().flat_map(Measure::figures)
     }
 }
 
@@ -107,11 +139,12 @@ pub struct Results {
 
 impl Results {
     fn summary(&self, setting: Setting, figure: Figure) -> Option<Summary> {
-        let of = |value: &&(Setting, Figure, f64)| (value.0, value.1) == (setting, figure);
+        let of = |value: &&(Setting, Figure, f64)| (value.0, value.1.key) == (setting, figure.key);
         Summary::of(self.values.iter().filter(of).map(|value| value.2))
     }
 
     /// What each open connection costs, bytes.
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 bytes")]
     fn memory_per_connection(&self) -> Option<f64> {
         let (without, with) = self.memory?;
         Some((with as f64 - without as f64) / f64::from(self.idle))
@@ -139,16 +172,19 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     let time = Duration::from_secs(arguments.seconds);
     for round in 0..arguments.rounds as usize {
-        for figure in Figure::ALL {
+        let asked = |measure: &Measure| arguments.measure.is_empty() || arguments.measure.contains(measure);
+        for measure in Measure::ALL.into_iter().filter(asked) {
             // Whoever comes first each time might find the machine cooler, or the others quieter.
             let first = round % worlds.len();
             worlds.rotate_left(first);
             for (setting, world) in &mut worlds {
-                let value = world.measure(figure, time)?;
-                if value <= 0.0 {
-                    bail!("{}, {}: nothing went through", setting.key(), figure.key());
+                let (rate, cost) = world.measure(measure, time)?;
+                let [rated, costed] = measure.figures();
+                if rate <= 0.0 {
+                    bail!("{}, {}: nothing went through", setting.key(), rated.key);
                 }
-                results.values.push((*setting, figure, value));
+                results.values.push((*setting, rated, rate * rated.scale));
+                results.values.push((*setting, costed, cost * costed.scale));
             }
             worlds.rotate_right(first);
         }

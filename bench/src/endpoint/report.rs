@@ -9,15 +9,15 @@ use super::{Figure, Results, Setting};
 pub fn markdown(results: &Results) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN).set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(["", "sends, Gbit/s", "receives, Gbit/s", "connections/s"]);
+    table.set_header(std::iter::once("").chain(Figure::all().map(|figure| figure.title)));
     for setting in Setting::ALL {
         let title = match setting {
             Setting::Offload => "super-packets".to_owned(),
             Setting::Beside => format!("super-packets, {} connections open", results.idle),
             Setting::Segments => "no super-packets".to_owned(),
         };
-        let cells = Figure::ALL.map(|figure| {
-            let digits = digits(figure);
+        let cells = Figure::all().map(|figure| {
+            let digits = figure.digits;
             let summary = results.summary(setting, figure);
             summary.map_or_else(String::new, |of| {
                 format!("{:.digits$} ({:.digits$}-{:.digits$})", of.median, of.low, of.high)
@@ -32,25 +32,18 @@ pub fn markdown(results: &Results) -> String {
 /// The medians by figure and setting.
 pub fn json(results: &Results) -> Value {
     let mut object = Map::new();
-    for figure in Figure::ALL {
+    for figure in Figure::all() {
         let of = |setting: Setting| {
             let median = results.summary(setting, figure)?.median;
-            Some((setting.key().to_owned(), json!(rounded(median, digits(figure)))))
+            Some((setting.key().to_owned(), json!(rounded(median, figure.digits))))
         };
         let medians: Map<String, Value> = Setting::ALL.into_iter().filter_map(of).collect();
-        object.insert(figure.key().to_owned(), medians.into());
+        object.insert(figure.key.to_owned(), medians.into());
     }
     object.insert("open_connections".to_owned(), json!(results.idle));
     let memory = results.memory_per_connection().map(|bytes| rounded(bytes, 0));
     object.insert("bytes_per_connection".to_owned(), json!(memory));
     object.into()
-}
-
-fn digits(figure: Figure) -> usize {
-    match figure {
-        Figure::Send | Figure::Receive => 2,
-        Figure::Connections => 0,
-    }
 }
 
 fn rounded(value: f64, digits: usize) -> f64 {
@@ -60,10 +53,12 @@ fn rounded(value: f64, digits: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoint::Measure;
 
     #[test]
     fn medians_are_told_by_figure_and_setting() {
-        let values = [1.0, 3.0, 2.0].map(|value| (Setting::Offload, Figure::Send, value)).into();
+        let [send, _] = Measure::Send.figures();
+        let values = [1.0, 3.0, 2.0].map(|value| (Setting::Offload, send, value)).into();
         let results = Results { values, idle: 1000, memory: Some((4096, 3_004_096)) };
         let told = json(&results);
         assert_eq!(told["send_gbps"]["offload"], 2.0);

@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result, bail};
 use procfs::process::Process;
 use shunt_lab::{Child, Lab};
 
-use super::inside::{DEVICE, KERNEL};
-use super::{Figure, Setting};
+use super::inside::{DEVICE, KERNEL, brief_addresses};
+use super::{Measure, Setting};
 
 /// How long the services may take to be ready.
 const READY: Duration = Duration::from_secs(15);
@@ -34,8 +34,11 @@ impl World {
         let lab = Lab::new()?;
         let host = lab.host("host")?;
         host.sysctl("net.core.somaxconn", "4096")?;
-        // The kernel closes first; an own port used again is not to meet the connection before.
-        host.sysctl("net.ipv4.tcp_max_tw_buckets", "0")?;
+        // Not one that paces, whatever this machine's is: what the endpoint can take is measured.
+        let congestion_control = "net.ipv4.tcp_congestion_control";
+        host.sysctl(congestion_control, "cubic").or_else(|_| host.sysctl(congestion_control, "reno"))?;
+        // The kernel closes first.
+        host.sysctl("net.ipv4.tcp_max_tw_buckets", "4000000")?;
         let log = folder.join(format!("{}.log", setting.key()));
         let mut kernel = host.spawn_logged(Command::new(&program).arg("endpoint-kernel"), log)?;
         kernel.wait_for_log("ready", READY)?;
@@ -53,7 +56,9 @@ impl World {
         let output = BufReader::new(output);
         let mut world = World { input, output, endpoint, _kernel: kernel, _lab: lab };
         world.answer()?;
-        host.address(DEVICE, &format!("{KERNEL}/24"))?;
+        for address in std::iter::once(KERNEL).chain(brief_addresses()) {
+            host.address(DEVICE, &format!("{address}/24"))?;
+        }
         Ok(world)
     }
 
@@ -65,21 +70,22 @@ impl World {
         Ok(line.trim().to_owned())
     }
 
-    fn ask(&mut self, word: &str, number: u128) -> Result<f64> {
+    fn ask(&mut self, word: &str, number: u128) -> Result<(f64, f64)> {
         writeln!(self.input, "{word} {number}")?;
         let answer = self.answer()?;
-        answer.parse().with_context(|| format!("the answer to {word}: {answer}"))
+        let parsed = answer.split_once(' ').and_then(|(rate, cost)| rate.parse().ok().zip(cost.parse().ok()));
+        parsed.with_context(|| format!("the answer to {word}: {answer}"))
     }
 
-    /// Measures one figure for `time`.
+    /// Measures for `time`: a rate and what it costs.
     ///
     /// # Errors
     /// A connection fails.
-    pub fn measure(&mut self, figure: Figure, time: Duration) -> Result<f64> {
-        let word = match figure {
-            Figure::Send => "send",
-            Figure::Receive => "receive",
-            Figure::Connections => "connect",
+    pub fn measure(&mut self, measure: Measure, time: Duration) -> Result<(f64, f64)> {
+        let word = match measure {
+            Measure::Send => "send",
+            Measure::Receive => "receive",
+            Measure::Connections => "connect",
         };
         self.ask(word, time.as_millis())
     }

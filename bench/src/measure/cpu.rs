@@ -1,9 +1,9 @@
-//! The time that all processors of the machine have worked.
+//! The time that processors have worked.
 
 use anyhow::{Context as _, Result};
 use procfs::{CurrentSI as _, KernelStats};
 
-/// A moment, by the time worked until then.
+/// A moment, by the time that all processors of the machine have worked until then.
 #[derive(Debug, Clone, Copy)]
 pub struct Busy {
     ticks: u64,
@@ -27,6 +27,34 @@ impl Busy {
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52 ticks")]
     pub fn elapsed(self) -> Result<f64> {
         let ticks = Busy::now()?.ticks.saturating_sub(self.ticks);
+        Ok(ticks as f64 / procfs::ticks_per_second() as f64)
+    }
+}
+
+/// A moment, by the time that this process has worked until then.
+#[derive(Debug, Clone, Copy)]
+pub struct Own {
+    ticks: u64,
+}
+
+impl Own {
+    /// Now.
+    ///
+    /// # Errors
+    /// `/proc/self/stat` cannot be read.
+    pub fn now() -> Result<Own> {
+        let stat = procfs::process::Process::myself().and_then(|process| process.stat());
+        let stat = stat.context("reading /proc/self/stat")?;
+        Ok(Own { ticks: stat.utime + stat.stime })
+    }
+
+    /// Seconds of work since then, of all its threads together.
+    ///
+    /// # Errors
+    /// As [`now`](Self::now).
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52 ticks")]
+    pub fn elapsed(self) -> Result<f64> {
+        let ticks = Own::now()?.ticks.saturating_sub(self.ticks);
         Ok(ticks as f64 / procfs::ticks_per_second() as f64)
     }
 }
