@@ -52,6 +52,12 @@ step "build"
 cargo build --workspace --all-targets --release --locked
 step "tests"
 cargo nextest run --workspace --release --locked --no-fail-fast
+step "tests without the kernel offload"
+# Those whose subject is the offload say themselves what is on.
+with_traffic='binary(e2e_smoke) + binary(e2e_programs) + binary(e2e_churn) + binary(e2e_forward) + binary(e2e_kills) +
+  binary(e2e_hostile) + binary(e2e_packets) + binary(e2e_moves)'
+[ "$full" = no ] || with_traffic='binary(/^e2e_/) - binary(e2e_offload) - binary(e2e_swap)'
+SHUNT_TEST_OFFLOAD=off cargo nextest run --workspace --release --locked --no-fail-fast -E "$with_traffic"
 cargo test --doc --workspace --release --locked --quiet
 step "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --release --locked --quiet

@@ -23,6 +23,10 @@ use crate::offload::{Count, Counted, End, Goal, Offload, PortMap, Spread};
 use crate::prefix::{Family, Transport};
 
 const CHAIN: &str = "forward";
+const OUTPUT: &str = "output";
+/// "Another router is nearer" (RFC 792; RFC 4861 §4.5).
+const ICMP_REDIRECT: u8 = 5;
+const ICMPV6_REDIRECT: u8 = 137;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 /// Registers: what is looked up begins in the first; results go to one that no key reaches.
@@ -69,10 +73,11 @@ fn shape(offload: &Offload) -> impl PartialEq {
         offload.maps.iter().map(|map| (map.end, map.transport, both(&|family| holds(map, family)))).collect();
     let spreads: Vec<_> =
         offload.spreads.iter().map(|spread| (family_of(spread), spread.seed, spread.slots.len())).collect();
+    let quiet = both(&|family| !forwarded_to(offload, family).is_empty());
     let except = both(&|family| offload.except_destinations.iter().any(|to| Family::of(*to) == family));
     let interfaces = (offload.except_interface.clone(), offload.except_prefix.clone());
     let ports = offload.except_local_ports.clone();
-    (maps, spreads, except, interfaces, ports, (offload.except_flags, offload.mark_mask))
+    (maps, spreads, (except, quiet), interfaces, ports, (offload.except_flags, offload.mark_mask))
 }
 
 /// Lets one batch be as large as it has to be. What is forbidden here shows when the batch is sent.
@@ -145,6 +150,21 @@ fn holds(map: &PortMap, family: Family) -> bool {
 
 fn family_of(spread: &Spread) -> Family {
     spread.targets.first().map_or(Family::V4, |target| Family::of(target.ip()))
+}
+
+/// The destinations, of a family, of packets that have been through the maps.
+fn forwarded_to(offload: &Offload, family: Family) -> BTreeSet<IpAddr> {
+    let goals = offload.maps.iter().filter(|map| map.end == End::Destination);
+    let goals = goals.flat_map(|map| map.entries.iter().map(|(key, goal)| (key.ip(), *goal)));
+    let spread = offload.spreads.iter().flat_map(|spread| {
+        let target = spread.targets.first();
+        spread.goals.iter().filter_map(move |goal| Some((target?.ip(), *goal)))
+    });
+    let destination = |(asked, goal)| match goal {
+        Goal::Address(address) => address,
+        Goal::Mark(_) => asked,
+    };
+    goals.chain(spread).map(destination).filter(|address| Family::of(*address) == family).collect()
 }
 
 /// The key of an entry.
@@ -220,13 +240,44 @@ impl<'a> Build<'a> {
         for (index, spread) in offload.spreads.iter().enumerate() {
             build.spread(index, spread);
         }
+        for family in Family::BOTH {
+            build.no_redirects(family, forwarded_to(offload, family));
+        }
         build
+    }
+
+    /// Where the kernel forwards a packet back to the link that it came from, it would tell the sender of a nearer way,
+    /// and past this host who believes it.
+    fn no_redirects(&mut self, family: Family, destinations: BTreeSet<IpAddr>) {
+        if destinations.is_empty() {
+            return;
+        }
+        let (name, l4proto, kind) = match family {
+            Family::V4 => ("no_redirects_4", 1, ICMP_REDIRECT),
+            Family::V6 => ("no_redirects_6", 58, ICMPV6_REDIRECT),
+        };
+        let (_, len) = place(End::Destination, family);
+        let entries = destinations.into_iter().map(|address| (Key::Address(address), None)).collect();
+        self.sets.push(Contents { set: self.named(name, address_type(family)), entries });
+        let mut rule = Rule::new(self.table, OUTPUT).family(Table::Inet).match_l4proto(l4proto);
+        for expr in [
+            payload(PayloadBase::Transport, 0, 1, KEY),
+            compare(CmpOp::Eq, &[kind]),
+            // The destination in the packet quoted by the one, and in the other's own fields.
+            payload(PayloadBase::Transport, 24, len, KEY),
+            LookupExpr::new(name, KEY).into(),
+        ] {
+            rule = rule.expr(expr);
+        }
+        self.rules.push(rule.drop());
     }
 
     /// A new table in place of an old one.
     fn whole(self, mut transaction: Transaction, exists: bool) -> nlink::Result<Transaction> {
         let base = BaseChain::filter(FilterHook::Prerouting, Priority::Raw);
         let chain = Chain::new(self.table, CHAIN)?.family(Table::Inet).base(base);
+        let base = BaseChain::filter(FilterHook::Output, Priority::Raw);
+        let output = Chain::new(self.table, OUTPUT)?.family(Table::Inet).base(base);
         if exists {
             transaction = transaction.del_table(self.table, Table::Inet);
         }
@@ -234,7 +285,8 @@ impl<'a> Build<'a> {
         for Contents { set, entries } in &self.sets {
             transaction = added(transaction.add_set(set.clone()), set, entries.iter());
         }
-        Ok(self.rules.into_iter().fold(transaction.add_chain(chain), Transaction::add_rule))
+        let transaction = transaction.add_chain(chain).add_chain(output);
+        Ok(self.rules.into_iter().fold(transaction, Transaction::add_rule))
     }
 
     /// What makes this out of a table of the same shape.

@@ -118,6 +118,23 @@ impl Default for Options {
     }
 }
 
+/// A daemon's file as it is tried: with `SHUNT_TEST_OFFLOAD=off` nothing is left to the kernel, unless the file itself says
+/// what is.
+fn switched(text: &str) -> String {
+    match std::env::var("SHUNT_TEST_OFFLOAD").as_deref() {
+        Ok("off") => {}
+        Ok(other) if other != "on" => panic!("SHUNT_TEST_OFFLOAD is on or off, not {other}"),
+        _ => return text.to_owned(),
+    }
+    let mut file: toml_edit::DocumentMut = text.parse().expect("tests write TOML");
+    if matches!(file["role"].as_str(), Some("balancer" | "client")) {
+        let host = file.entry("host").or_insert_with(toml_edit::table);
+        let host = host.as_table_like_mut().expect("[host] is a table");
+        host.entry("offload").or_insert_with(|| toml_edit::value("off"));
+    }
+    file.to_string()
+}
+
 /// One server host and what runs on it.
 pub struct Server {
     pub number: u16,
@@ -348,7 +365,7 @@ impl Net {
 
     fn write(&self, name: &str, text: &str) -> PathBuf {
         let path = self.file(name);
-        std::fs::write(&path, text).expect("a file can be written");
+        std::fs::write(&path, switched(text)).expect("a file can be written");
         path
     }
 

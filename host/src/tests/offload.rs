@@ -198,6 +198,32 @@ fn entries_that_stay_count_on_when_others_change() {
 }
 
 #[test]
+fn clients_are_not_told_of_a_nearer_way_to_servers() {
+    in_namespace(async || {
+        let mut lab = Lab::new().await;
+        // Packets to servers leave by the link that clients' came from; what the host sends itself by the other.
+        run("ip", "route add 10.3.0.0/24 dev wire0");
+        run("ip", "-6 route add fd00:3::/64 dev wire0");
+        lab.install(&both_ways()).await;
+        for [client, vip, server, _] in ENDS {
+            let told = |packet: &[u8]| {
+                while received(&lab.out, Duration::from_millis(1)).is_some() {}
+                lab.wire.send(packet).unwrap();
+                let sent = received(&lab.out, Duration::from_millis(300));
+                sent.map(|packet| packet[if packet[0] >> 4 == 4 { 20 } else { 40 }])
+            };
+            let stranger = if vip.contains(':') { "fd00:3::99" } else { "10.3.0.99" };
+            let kind = if vip.contains(':') { 137 } else { 5 };
+            let past = segment(client, stranger, (50_000, 80), ACK, &[]);
+            assert_eq!(told(&past), Some(kind), "this kernel tells nobody of nearer ways");
+            assert_eq!(told(&segment(client, vip, (50_000, 41_001), ACK, &[])), None);
+            let counts = lab.counts().await;
+            assert_eq!(counts[&Counted::Map(0, socket(vip, 41_001))].packets, 1, "{server} got it");
+        }
+    });
+}
+
+#[test]
 fn a_killed_predecessors_maps_forward_until_they_are_replaced() {
     in_namespace(async || {
         let mut lab = Lab::new().await;
