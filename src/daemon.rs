@@ -72,6 +72,7 @@ where
 {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .on_thread_start(shunt_balancer::driver::unpin)
         .build()
         .context("no event loop: raise the limit of open files (ulimit -n)")?;
     runtime.block_on(async {

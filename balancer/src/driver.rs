@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 
 use self::carry::Active;
 use self::queues::Queues;
+pub use self::queues::unpin;
 use crate::config::{Config, ForwardMode};
 use crate::connections::Connections;
 use crate::connectors::{Connectors, without_the_missing};
@@ -260,8 +261,15 @@ impl<D: Device + 'static, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     async fn start(config: Config, places: Places, open: F) -> Result<Self, Error> {
         let Places { path, state_dir, control_socket, recorded } = places;
         // The rule to a VIP and the blackhole behind it stay, so that connects meet silence, not "unreachable", meanwhile;
-        // what the kernel forwards by itself goes on.
-        let mut host = Host::open_keeping(&state_dir, SESSION, &config.host, |_| true).await?;
+        // what the kernel forwards by itself goes on, but for what a server's number decides: numbers begin anew.
+        let (mark_mask, by_number) = (config.host.server_mark_mask, config.forward.uses_devices());
+        let numbered = |change: &Change| match change {
+            Change::Offload(_) => by_number,
+            Change::Rule(rule) => rule.mark.is_some_and(|mark| mark.mask == mark_mask),
+            _ => false,
+        };
+        let mut host =
+            Host::open_keeping(&state_dir, SESSION, &config.host, |change| !numbered(change)).await?;
         let nft = nft_available().await;
         if !nft && config.forward == ForwardMode::Gue {
             tracing::warn!(

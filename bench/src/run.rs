@@ -98,7 +98,8 @@ fn measure_memory(
 fn fail(results: &mut Results, bar: &ProgressBar, text: &str) {
     let text = text.trim_end().to_owned();
     bar.suspend(|| eprintln!("failed: {text}"));
-    results.failures.push(text);
+    // What programs logged is for who runs it, not for the document.
+    results.failures.push(text.lines().next().unwrap_or_default().to_owned());
 }
 
 fn progress(plan: &Plan) -> ProgressBar {

@@ -208,6 +208,7 @@ impl Config {
             (self.mode == new.mode, "mode"),
             (self.host == new.host, "[host]"),
             (self.hold == new.hold, "hold"),
+            (self.notrack == new.notrack, "notrack"),
             (self.proxy == new.proxy, "[proxy]"),
             (self.control.same_socket(&new.control), "[control]"),
         ];

@@ -11,11 +11,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde::Serialize;
-use shunt_host::swaps::{MAX_SWAPS, PortSwap, PortSwaps};
+use shunt_host::offload::Count;
+use shunt_host::swaps::{MAX_SWAPS, PortSwap, PortSwaps, SwapCounts};
 use shunt_stack::redirect::{Client, Swap, SwapChange};
 use tokio::time::Instant;
 
-use crate::config::{Config, Mode};
+use crate::config::{Config, Hold, Mode};
 
 /// Segments of a connection, both ways together, before the kernel gets it. Two entries of a map cost about as much as ten
 /// packets do here, so that short connections, of which there may be many in a second, are not worth it.
@@ -34,6 +35,8 @@ pub(crate) enum Obstacle {
     Capture,
     /// `notrack = false`.
     Tracked,
+    /// `hold = "never"`.
+    Unheld,
     /// The kernel refuses.
     Kernel(String),
 }
@@ -46,6 +49,7 @@ impl Obstacle {
             (config.mode == Mode::Proxy, Obstacle::Proxy),
             (recorded, Obstacle::Capture),
             (!config.notrack, Obstacle::Tracked),
+            (config.hold == Hold::Never, Obstacle::Unheld),
             (!nft, Obstacle::Kernel("it has no nftables".to_owned())),
         ];
         all.into_iter().find_map(|(stands, obstacle)| stands.then_some(obstacle))
@@ -61,6 +65,9 @@ impl fmt::Display for Obstacle {
             Obstacle::Tracked => {
                 f.write_str("`notrack = false`: connection tracking would see two different connections")
             }
+            Obstacle::Unheld => f.write_str(
+                "`hold = \"never\"`: after a kill new connections could have the ports of those left to it",
+            ),
             Obstacle::Kernel(why) => write!(f, "the kernel refuses: {why}"),
         }
     }
@@ -95,6 +102,8 @@ pub(crate) struct Kernel {
     waiting: HashMap<(SocketAddr, SocketAddr), u16>,
     last: Instant,
     failure: Option<String>,
+    /// The kernel's counters as last read.
+    seen: SwapCounts,
     counters: KernelCounters,
 }
 
@@ -106,6 +115,7 @@ impl Kernel {
             waiting: HashMap::new(),
             last: Instant::now(),
             failure: None,
+            seen: SwapCounts::default(),
             counters: KernelCounters::default(),
         }
     }
@@ -151,15 +161,17 @@ impl Kernel {
 
     /// Hears the machine; what it takes back that may be in the maps.
     fn collect(&mut self, client: &mut Client) -> Vec<PortSwap> {
-        let mut gone = Vec::new();
+        let (mut gone, mut refused) = (Vec::new(), Vec::new());
         while let Some(change) = client.poll_swap() {
             let Some(swaps) = &self.swaps else { continue };
             match change {
-                SwapChange::Settled(Swap { local, vip, service_port }) => {
-                    if swaps.len() + self.waiting.len() < MAX_SWAPS {
+                SwapChange::Settled(swap) => {
+                    let Swap { local, vip, service_port } = swap;
+                    let stands = swaps.contains(&PortSwap { local, remote: vip, port: service_port });
+                    if stands || swaps.len() + self.waiting.len() < MAX_SWAPS {
                         self.waiting.insert((local, vip), service_port);
                     } else {
-                        self.counters.refused += 1;
+                        refused.push(swap);
                     }
                 }
                 SwapChange::Unsettled(Swap { local, vip, service_port }) => {
@@ -168,6 +180,11 @@ impl Kernel {
                     }
                 }
             }
+        }
+        self.counters.refused += refused.len() as u64;
+        // Not before all is heard: a later connection with the same ports may have got a place.
+        for swap in refused.iter().filter(|swap| !self.waiting.contains_key(&(swap.local, swap.vip))) {
+            client.refuse_swap(swap);
         }
         gone
     }
@@ -180,6 +197,10 @@ impl Kernel {
         self.counters.removed += gone.iter().filter(|swap| swaps.contains(swap)).count() as u64;
         self.counters.added += new.iter().filter(|swap| !swaps.contains(swap)).count() as u64;
         if let Err(error) = swaps.change(&gone, &new).await {
+            // Before a packet leaves that what stands would lead astray; the rest of it goes after.
+            if let Err(error) = swaps.remove().await {
+                tracing::warn!(%error, "the kernel keeps its swaps for now");
+            }
             self.swaps = None;
             self.obstacle = Some(Obstacle::Kernel(error.to_string()));
             self.failure = Some(error.to_string());
@@ -192,15 +213,27 @@ impl Kernel {
         if let Some(swaps) = &self.swaps {
             match swaps.counts().await {
                 Ok(counts) => {
+                    let seen = std::mem::replace(&mut self.seen, counts);
+                    let (out, back) = (since(seen.out, counts.out), since(seen.back, counts.back));
                     let counters = &mut self.counters;
-                    (counters.packets_out, counters.bytes_out) = (counts.out.packets, counts.out.bytes);
-                    (counters.packets_back, counters.bytes_back) = (counts.back.packets, counts.back.bytes);
+                    counters.packets_out += out.packets;
+                    counters.bytes_out += out.bytes;
+                    counters.packets_back += back.packets;
+                    counters.bytes_back += back.bytes;
                 }
                 Err(error) => tracing::debug!(%error, "the kernel's counters cannot be read"),
             }
         }
         &self.counters
     }
+}
+
+/// What has been counted since; all of it where the table has been made anew meanwhile.
+fn since(seen: Count, now: Count) -> Count {
+    if now.packets < seen.packets {
+        return now;
+    }
+    Count { packets: now.packets - seen.packets, bytes: now.bytes.saturating_sub(seen.bytes) }
 }
 
 #[cfg(test)]
@@ -227,6 +260,7 @@ mod tests {
             ("mode = \"proxy\"", false, true, "a TCP of its own"),
             ("", true, true, "a capture"),
             ("notrack = false", false, true, "connection tracking"),
+            ("hold = \"never\"", false, true, "after a kill"),
             ("", false, false, "no nftables"),
         ] {
             let told = obstacle(extra, recorded, nft).unwrap();

@@ -15,7 +15,7 @@ use shunt_host::{
     Change, Divert, Family, HostOptions, PortRange, Prefix, QuotedMatch, SegmentMatch, SwapTable,
 };
 
-use crate::config::{Config, Hold};
+use crate::config::Config;
 use crate::paths::Paths;
 
 /// The least MTU of IPv6 (RFC 8200 §5), and of the device.
@@ -214,15 +214,10 @@ impl Setup<'_> {
             if self.config.proxy.is_none() {
                 changes.push(Route::device(self.table(table::APP), vip, device).source(hop.source).into());
             }
-            if self.holds() {
+            if self.facts.offload {
                 changes.push(self.in_absence(vip, hop).into());
             }
         }
-    }
-
-    /// Whether what the kernel does by itself has to go on while all else is held back.
-    fn holds(&self) -> bool {
-        self.facts.offload && self.config.hold != Hold::Never
     }
 
     /// Where the host's own TCP finds a way while the device is gone: a segment is swapped only once it has one, and the
@@ -310,7 +305,7 @@ impl Setup<'_> {
             }],
             ..Divert::default()
         };
-        if self.holds() {
+        if self.facts.offload {
             divert.held.clone_from(&vips);
         }
         if self.config.notrack && !vips.is_empty() {

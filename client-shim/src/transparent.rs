@@ -68,8 +68,14 @@ struct Driver {
 }
 
 impl Driver {
-    async fn start(session: &Session, device: &impl Device) -> Result<Self, Error> {
-        let kernel = session.kernel()?;
+    async fn start(session: &mut Session, device: &impl Device) -> Result<Self, Error> {
+        let kernel = match session.kernel() {
+            Ok(kernel) => kernel,
+            Err(error) => {
+                session.without_offload(&error.to_string()).await?;
+                session.kernel()?
+            }
+        };
         if let Some(why) = kernel.obstacle() {
             tracing::info!(%why, "the kernel exchanges no ports by itself");
         }

@@ -1,8 +1,8 @@
 //! Forwarding that the kernel does by itself: a description, from which nftables maps are made.
 //!
-//! An [`Offload`] rewrites addresses of packets as they arrive, or marks them, before they are routed and without connection
-//! tracking, by maps alone: it remembers nothing. What no map knows goes on untouched. The maps work without the daemon, too: what
-//! a killed one leaves goes on forwarding until its successor replaces it.
+//! An [`Offload`] rewrites addresses of packets as they arrive, or marks them, before they are routed and without
+//! connection tracking, by maps alone: it remembers nothing. What no map knows goes on untouched. The maps work without the
+//! daemon, too: what a killed one leaves goes on forwarding until its successor replaces it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -46,8 +46,9 @@ pub struct PortMap {
     pub entries: BTreeMap<SocketAddr, Goal>,
 }
 
-/// TCP segments to one of several addresses and ports have the goal that a hash of their source says: the kernel's `jhash` with `seed` over the source address and the source port, in network order, the port followed by two
-/// zero bytes; scaled to the number of slots.
+/// TCP segments to one of several addresses and ports have the goal that a hash of their source says: the kernel's
+/// `jhash` with `seed` over the source address and the source port, in network order, the port followed by two zero bytes;
+/// scaled to the number of slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spread {
     /// What is spread, one at least; all of one family, that of the goals.

@@ -184,8 +184,11 @@ impl HostSettings {
         source: &Source,
         options: &mut HostOptions,
     ) -> Result<(), ConfigError> {
-        let Some(mask) = &self.server_mark_mask else { return Ok(()) };
-        options.server_mark_mask = *mask.get_ref();
+        let own = self.server_mark_mask.as_ref();
+        let span = own.map(Spanned::span);
+        let span = span.or_else(|| self.mark_mask.as_ref().or(self.mark.as_ref()).map(Spanned::span));
+        let Some(span) = span.filter(|_| own.is_some() || role == Role::Balancer) else { return Ok(()) };
+        options.server_mark_mask = own.map_or(options.server_mark_mask, |mask| *mask.get_ref());
         let bits = options.server_mark_mask;
         let run = bits >> bits.trailing_zeros().min(31);
         let message = if role != Role::Balancer {
@@ -197,7 +200,7 @@ impl HostSettings {
         } else {
             return Ok(());
         };
-        Err(source.error_at(mask.span(), message))
+        Err(source.error_at(span, message))
     }
 
     fn resolve_queues(

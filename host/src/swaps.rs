@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::divert::OPTION_KIND;
 use crate::error::{HostError, absent};
 use crate::maps::{address_type, element_of, payload, place, whole};
-use crate::nft::{connect, exists};
+use crate::nft::{connect, exists, remove};
 use crate::offload::{Count, End};
 use crate::prefix::{Family, Transport};
 
@@ -261,6 +261,15 @@ impl PortSwaps {
         install(&self.table, &self.made).await?;
         let all: Vec<PortSwap> = self.iter().collect();
         self.send(&[], &all).await
+    }
+
+    /// Removes the table with all that stands in it; for good, unless the session makes another.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn remove(&mut self) -> Result<(), HostError> {
+        self.standing.clear();
+        remove(&self.table).await.map(drop)
     }
 
     async fn send(&self, gone: &[PortSwap], new: &[PortSwap]) -> Result<(), HostError> {

@@ -470,6 +470,7 @@ fn mistakes_about_health_and_control_are_refused_with_their_line() {
         ("exid = 0x1234", "server_mark_mask = 0x1ff", 25, "one run of at least 10 bits"),
         ("exid = 0x1234", "server_mark_mask = 0xbff0", 25, "one run of at least 10 bits"),
         ("exid = 0x1234", "server_mark_mask = 0xfff00000", 25, "has bits of mark_mask"),
+        ("exid = 0x1234", "mark = 0x10000\nmark_mask = 0xff0000", 26, "has bits of mark_mask"),
         ("exid = 0x1234", "queues = 0", 25, "1 to 64 queues"),
         ("exid = 0x1234", "queues = 65", 25, "1 to 64 queues"),
         ("weight = 3", "agent = \"10.0.0.11\"", 15, "invalid"),

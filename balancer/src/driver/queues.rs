@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -115,8 +115,20 @@ struct Carrying<D> {
     failed: mpsc::Sender<io::Error>,
 }
 
+/// Says so if the thread panics: nobody would read what the kernel puts into its queue.
+struct Panicked(mpsc::Sender<io::Error>);
+
+impl Drop for Panicked {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.0.try_send(io::Error::other("the thread of a queue panicked"));
+        }
+    }
+}
+
 impl<D: Device> Carrying<D> {
     fn run(mut self, clock: Clock) {
+        let _told = Panicked(self.failed.clone());
         let Some(runtime) = self.idle.0.take() else { return };
         let error = runtime.block_on(async {
             tokio::select! {
@@ -148,9 +160,22 @@ impl Drop for Threads {
     }
 }
 
+/// The processors that the process could use before its first thread was pinned.
+static EVERYWHERE: OnceLock<CpuSet> = OnceLock::new();
+
+/// Lets the calling thread run where the process could before any thread was pinned: for threads that help an event loop,
+/// which are where the one is that has started them.
+pub fn unpin() {
+    if let Some(set) = EVERYWHERE.get()
+        && let Err(error) = sched_setaffinity(Pid::from_raw(0), set)
+    {
+        tracing::debug!(%error, "a thread stays pinned");
+    }
+}
+
 /// The processors that this process may use.
 fn processors() -> Vec<usize> {
-    match sched_getaffinity(Pid::from_raw(0)) {
+    match sched_getaffinity(Pid::from_raw(0)).map(|set| *EVERYWHERE.get_or_init(|| set)) {
         Ok(set) => (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect(),
         Err(error) => {
             tracing::warn!(%error, "the kernel does not say which processors there are: threads go where it likes");

@@ -84,7 +84,8 @@ pub trait Device: Send + Sync {
     }
 
     /// Another queue of the same interface, registered with the present tokio runtime. Each packet comes by one of the
-    /// queues, those of a connection by the same one for as long as the number of queues stays.
+    /// queues, those of a connection mostly by the same one: the kernel goes by hashes of addresses and ports, and by what
+    /// was last written where.
     ///
     /// # Errors
     /// The device has one queue only, or the kernel gives no other.

@@ -7,7 +7,7 @@
 use std::net::SocketAddr;
 
 use super::Client;
-use super::flow::{Flow, State};
+use super::flow::{Flow, FlowKey, State};
 use crate::wire::{Packet, TcpFlags};
 
 /// The most a connection's return from the fast path doubles the segments that must pass before it may go there again:
@@ -53,6 +53,15 @@ impl Client {
     pub fn poll_swap(&mut self) -> Option<SwapChange> {
         self.swaps.pop_front()
     }
+
+    /// The fast path has no room for a connection that was called settled, and never had it: its segments go on passing
+    /// here, and it settles again later.
+    pub fn refuse_swap(&mut self, swap: &Swap) {
+        let key = FlowKey { local: swap.local, vip: swap.vip };
+        if let Some(flow) = self.flows.get_mut(&key) {
+            flow.comes_back();
+        }
+    }
 }
 
 impl Flow {
@@ -91,15 +100,23 @@ impl Flow {
 
     /// Takes a settled connection back; its numbers are those of long ago.
     pub(super) fn unsettle(&mut self) -> Option<SwapChange> {
-        if !std::mem::take(&mut self.settling.settled) {
+        if !self.comes_back() {
             return None;
         }
-        self.settling.seen = 0;
-        self.settling.returns = (self.settling.returns + 1).min(MOST_DOUBLINGS);
         if let Some(track) = self.live.as_mut().and_then(|live| live.track.as_mut()) {
             track.lose();
         }
         Some(SwapChange::Unsettled(self.swap()))
+    }
+
+    /// Whether it was settled, which it is no more.
+    fn comes_back(&mut self) -> bool {
+        let settled = std::mem::take(&mut self.settling.settled);
+        if settled {
+            self.settling.seen = 0;
+            self.settling.returns = (self.settling.returns + 1).min(MOST_DOUBLINGS);
+        }
+        settled
     }
 
     fn swap(&self) -> Swap {

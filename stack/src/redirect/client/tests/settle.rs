@@ -174,3 +174,18 @@ fn p1_a_change_of_the_own_port_needs_the_machine() {
     }
     assert_eq!(world.swaps(), []);
 }
+
+#[test]
+fn a_connection_that_the_fast_path_has_no_room_for_settles_again_later() {
+    let mut world = settling(Continuation::Reconnect);
+    world.settled();
+    let swap = world.swap(Y);
+    world.client.refuse_swap(&swap);
+    assert_eq!(world.swaps(), [], "the fast path has nothing to take back");
+    for _ in 0..2 * AFTER - 1 {
+        world.says(TcpFlags::ACK);
+        assert_eq!(world.swaps(), []);
+    }
+    world.says(TcpFlags::ACK);
+    assert_eq!(world.swaps(), [SwapChange::Settled(swap)]);
+}
