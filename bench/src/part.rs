@@ -62,8 +62,8 @@ impl Part {
                 let mut open = Vec::new();
                 for line in std::io::stdin().lock().lines() {
                     let count = line?.trim().parse()?;
-                    runtime.block_on(hold::open_until(&mut open, count, source, *target))?;
-                    println!("{count}");
+                    let again = runtime.block_on(hold::open_until(&mut open, count, source, *target))?;
+                    println!("{again}");
                     std::io::stdout().flush()?;
                 }
                 Ok(())

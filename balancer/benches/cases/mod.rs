@@ -46,6 +46,20 @@ pub enum Version {
     V6,
 }
 
+/// A segment with 100 bytes, as Linux sends it.
+fn data(from: SocketAddr, to: SocketAddr, flow: u32) -> Packet {
+    let bare = Segment::bare(from, to, TcpFlags::ACK);
+    Segment {
+        seq: SeqNumber(flow),
+        ack: SeqNumber(9),
+        window: 500,
+        options: &TIMESTAMPS,
+        payload: &[7; 100],
+        ..bare
+    }
+    .emit()
+}
+
 impl Version {
     fn name(self) -> &'static str {
         match self {
@@ -81,16 +95,7 @@ impl Version {
     }
 
     fn segment(self, flow: u32, port: u16) -> Packet {
-        let bare = Segment::bare(self.client(flow), self.vip(port), TcpFlags::ACK);
-        Segment {
-            seq: SeqNumber(flow),
-            ack: SeqNumber(9),
-            window: 500,
-            options: &TIMESTAMPS,
-            payload: &[7; 100],
-            ..bare
-        }
-        .emit()
+        data(self.client(flow), self.vip(port), flow)
     }
 
     /// What the server sends back.
@@ -101,16 +106,7 @@ impl Version {
             Version::V6 => IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, server]),
         };
         let from = SocketAddr::new(address, SERVICE_PORT + server);
-        let bare = Segment::bare(from, self.client(flow), TcpFlags::ACK);
-        Segment {
-            seq: SeqNumber(flow),
-            ack: SeqNumber(9),
-            window: 500,
-            options: &TIMESTAMPS,
-            payload: &[7; 100],
-            ..bare
-        }
-        .emit()
+        data(from, self.client(flow), flow)
     }
 
     /// A SYN as Linux sends it.

@@ -34,11 +34,17 @@ fn resident(world: &World) -> Result<u64> {
     Ok(sum)
 }
 
-/// Kilobytes with so many open connections, `counts` rising; `seen` is called with each. They are closed afterwards.
+/// Kilobytes with so many open connections, `counts` rising; `seen` is called with each. They are closed afterwards. Says
+/// how many were reset while they opened, and tried again.
 ///
 /// # Errors
 /// A connection cannot be opened or does not live, or there is no process that balances.
-pub fn with_connections(world: &mut World, counts: &[usize], mut seen: impl FnMut(usize, u64)) -> Result<()> {
+pub fn with_connections(
+    world: &mut World,
+    counts: &[usize],
+    mut seen: impl FnMut(usize, u64),
+) -> Result<usize> {
+    let mut again = 0;
     let mut holders: Vec<Holder> = Vec::new();
     for count in counts {
         if *count > 0 && holders.is_empty() {
@@ -52,11 +58,11 @@ pub fn with_connections(world: &mut World, counts: &[usize], mut seen: impl FnMu
         }
         let end = Instant::now() + PATIENCE + PATIENCE_PER_THOUSAND * u32::try_from(count / 1000)?;
         for holder in &mut holders {
-            holder.wait(end).with_context(|| format!("{count} open connections"))?;
+            again += holder.wait(end).with_context(|| format!("{count} open connections"))?;
         }
         seen(*count, resident(world)?);
     }
-    Ok(())
+    Ok(again)
 }
 
 /// A process on the client with connections to one port.
@@ -94,9 +100,10 @@ impl Holder {
         writeln!(input, "{count}").context("telling a process how many connections to open")
     }
 
-    fn wait(&mut self, end: Instant) -> Result<()> {
+    /// How many connections it tried again.
+    fn wait(&mut self, end: Instant) -> Result<usize> {
         match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
-            Ok(_) => Ok(()),
+            Ok(line) => line.trim().parse().context("a number of connections"),
             Err(RecvTimeoutError::Timeout) => bail!("they take too long"),
             Err(RecvTimeoutError::Disconnected) => {
                 bail!("{}", std::fs::read_to_string(&self.log).unwrap_or_default().trim())
