@@ -152,7 +152,14 @@ fn daemons_reload_are_told_serve_and_restore_their_hosts_with_one_capability() {
 
 #[test]
 fn new_servers_get_devices_and_the_balancer_keeps_its_capability() {
-    let mut net = Net::new(Options { servers: 2, forward: "direct", ..Options::default() });
+    for forward in ["direct", "network"] {
+        new_servers(forward);
+    }
+}
+
+fn new_servers(forward: &'static str) {
+    let mut net = Net::new(Options { servers: 2, forward, ..Options::default() });
+    assert_contained("balancer", net.balancer_process.as_ref().expect("it runs"), NET_ADMIN, 1);
     net.start_nginx();
     let one = net.balancer_config(|number| (number == 1).then_some("up"));
     net.reload_balancer(&one);

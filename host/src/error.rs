@@ -46,6 +46,9 @@ pub enum HostError {
     /// No such interface in this network namespace.
     #[error("there is no interface {0:?} in this network namespace")]
     NoInterface(String),
+    /// A thread that something is left to cannot be started, or has failed.
+    #[error("no thread for it: {0}; if there are too many, raise their limit (ulimit -u)")]
+    Thread(io::Error),
     /// No route leads to an address.
     #[error("no route leads to {0}")]
     NoRoute(std::net::IpAddr),

@@ -2,6 +2,7 @@
 //! counters.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 
 use nlink::Connection;
@@ -16,6 +17,7 @@ use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::SndBufForce;
 use nlink::netlink::types::route::RouteType;
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 
 use crate::error::{HostError, absent};
 use crate::nft::{ELEMENTS_PER_MESSAGE, connect, exists};
@@ -45,8 +47,10 @@ pub(crate) async fn install(
     let old = old.filter(|old| exists && shape(old) == shape(offload)).cloned();
     let (table, offload, runtime) = (table.to_owned(), offload.clone(), Handle::current());
     make_room(&nft, &offload);
-    // Tens of thousands of elements take the kernel a while: nothing else of the daemon waits for it.
-    let made = tokio::task::spawn_blocking(move || {
+    // Tens of thousands of elements take the kernel a while: nothing else of the daemon waits for it. A thread of its own:
+    // one of the event loop's would stay, with the rights that the daemon has until it is sandboxed.
+    let (done, made) = oneshot::channel();
+    let make = move || -> Result<bool, HostError> {
         let new = Build::new(&table, &offload);
         if let Some(old) = old {
             let difference = new.difference(nft.transaction(), &Build::new(&table, &old));
@@ -62,8 +66,10 @@ pub(crate) async fn install(
         let transaction = new.whole(nft.transaction(), exists).map_err(failed)?;
         runtime.block_on(transaction.commit(&nft)).map_err(failed)?;
         Ok(false)
-    });
-    made.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+    };
+    let thread = std::thread::Builder::new().name("maps".to_owned());
+    thread.spawn(move || drop(done.send(make()))).map_err(HostError::Thread)?;
+    made.await.unwrap_or_else(|_| Err(HostError::Thread(io::Error::other("it panicked"))))
 }
 
 /// What the rules depend on.
