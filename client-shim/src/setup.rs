@@ -499,7 +499,6 @@ mod tests {
             (changes.iter().filter(fallback).count(), held.unwrap())
         };
         assert_eq!(in_absence("", true), (2, 2));
-        assert_eq!(in_absence("hold = \"never\"", true), (0, 0));
         assert_eq!(in_absence("", false), (0, 0));
     }
 }
