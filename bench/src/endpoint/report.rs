@@ -4,6 +4,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::{Map, Value, json};
 
 use super::{Figure, Results, Setting};
+use crate::report::json::rounded;
 
 /// A table: medians, and in brackets the least and the greatest.
 pub fn markdown(results: &Results) -> String {
@@ -44,10 +45,6 @@ pub fn json(results: &Results) -> Value {
     let memory = results.memory_per_connection().map(|bytes| rounded(bytes, 0));
     object.insert("bytes_per_connection".to_owned(), json!(memory));
     object.into()
-}
-
-fn rounded(value: f64, digits: usize) -> f64 {
-    format!("{value:.digits$}").parse().unwrap_or(value)
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ fn medians(results: &Results, figure: Figure) -> Value {
 }
 
 /// To as many digits as are shown elsewhere.
-fn rounded(value: f64, digits: usize) -> f64 {
+pub fn rounded(value: f64, digits: usize) -> f64 {
     format!("{value:.digits$}").parse().unwrap_or(value)
 }
 
