@@ -37,11 +37,41 @@ fn packets(net: &Net) -> (u64, u64) {
     (all - offloaded, offloaded)
 }
 
-fn ruleset(net: &Net) -> String {
-    let mut command = std::process::Command::new("nft");
-    command.args(["list", "ruleset"]);
-    let output = net.balancer.run_within(&mut command, Duration::from_secs(10)).expect("nft is installed");
+/// Runs a program on the balancer's host.
+fn there(net: &Net, program: &str, arguments: &[&str]) -> String {
+    let mut command = std::process::Command::new(program);
+    let output = net.balancer.run_within(command.args(arguments), Duration::from_secs(10));
+    let output = output.unwrap_or_else(|error| panic!("{program} {arguments:?}: {error}"));
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn ruleset(net: &Net) -> String {
+    there(net, "nft", &["list", "ruleset"])
+}
+
+/// The table that hands packets on where they arrive.
+fn hands_on(net: &Net) -> bool {
+    ruleset(net).contains("table netdev shunt_balancer_maps")
+}
+
+/// Waits until what the kernel forwards is routed for a reason that names this, or is not.
+fn wait_routed(net: &Net, because: Option<&str>) {
+    let deadline = Instant::now() + Duration::from_secs(8);
+    loop {
+        let shown = show(net);
+        let why = shown["offload"]["routed"].as_str();
+        let as_wanted = match (why, because) {
+            (None, None) => true,
+            (Some(why), Some(because)) => why.contains(because),
+            _ => false,
+        };
+        if as_wanted && hands_on(net) == because.is_none() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "wanted {because:?}: {shown}\n{}", net.logs());
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 fn net(servers: u16) -> Net {
@@ -93,6 +123,7 @@ fn transfers_are_whole_and_userspace_sees_handshakes_only() {
     for key in ["bytes", "bytes_back"] {
         assert!(bytes(key) > 4 * 16 * MIB, "{key}: {}", bytes(key));
     }
+    assert!(hands_on(&net), "{shown}");
     net.stop_balancer_and_count();
     assert_eq!(ruleset(&net), "");
 }
@@ -244,4 +275,57 @@ fn transfers_go_on_while_a_killed_balancer_is_away() {
     }
     net.stop_balancer_and_count();
     assert_eq!(ruleset(&net), "");
+}
+
+#[test]
+fn handing_on_follows_firewalls_and_routes() {
+    let mut net = net(3);
+    net.start_shim("auto");
+    let file = net.make_file("file", 24);
+    let running = start_slow(&net, &file);
+    wait_routed(&net, None);
+    there(&net, "nft", &["add table inet firewall"]);
+    let chain = "add chain inet firewall passing { type filter hook forward priority 0; }";
+    there(&net, "nft", &[chain]);
+    there(&net, "nft", &["add rule inet firewall passing meta l4proto tcp counter"]);
+    wait_routed(&net, Some("firewall"));
+    thread::sleep(Duration::from_millis(500));
+    let listed = there(&net, "nft", &["list table inet firewall"]);
+    assert!(!listed.contains("packets 0 "), "it sees what passes: {listed}");
+    there(&net, "nft", &["delete table inet firewall"]);
+    wait_routed(&net, None);
+    for transfer in running {
+        let done = net.finish(transfer);
+        assert!(done.redirected, "{done:?}");
+    }
+    // A route to nowhere, and none any more.
+    let fetched = || net.curl(Family::V4, "/", &["--connect-timeout", "2"]).ok;
+    let wait_for = |wanted| {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while fetched() != wanted {
+            assert!(Instant::now() < deadline, "wanted {wanted}\n{}", net.logs());
+        }
+    };
+    wait_for(true);
+    let client = "10.1.0.2/32";
+    there(&net, "ip", &["route", "add", "blackhole", client]);
+    wait_for(false);
+    there(&net, "ip", &["route", "del", "blackhole", client]);
+    wait_for(true);
+    net.stop_balancer_and_count();
+    assert_eq!(ruleset(&net), "");
+}
+
+#[test]
+fn routed_on_request_a_firewall_sees_what_passes() {
+    let mut net = Net::new(Options { servers: 2, start: false, ..Options::default() });
+    let text = format!("{}\n[host]\noffload = \"routed\"\n", usual(&net));
+    net.start_balancer_with(&text);
+    for number in 1..=2 {
+        net.start_agent(number);
+    }
+    net.start_nginx();
+    wait_routed(&net, Some("routed"));
+    whole_and_past_userspace(&mut net, true);
+    assert!(!hands_on(&net));
 }

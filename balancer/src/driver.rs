@@ -351,8 +351,9 @@ impl<D: Device + 'static, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
                 call = self.server.next() => self.call(call).await,
                 changed = self.monitor.changed() => self.health_changed(&changed).await,
                 news = self.connectors.news() => self.links_changed(news).await,
+                () = self.offload.routes_changed() => self.follow_routes().await,
                 _ = interval.tick() => self.log_counters(),
-                _ = counts.tick() => self.count_offloaded().await,
+                _ = counts.tick() => self.look_at_offload().await,
                 _ = routes.tick() => self.look_for_routes().await,
             }
         }
@@ -407,6 +408,21 @@ impl<D: Device + 'static, F: Fn(&str) -> io::Result<D>> Daemon<D, F> {
     /// Adds what the kernel has forwarded by itself to the counters.
     pub(crate) async fn count_offloaded(&mut self) {
         self.offload.count(&self.host).await;
+    }
+
+    /// Counts, and looks whether a firewall has come or gone.
+    async fn look_at_offload(&mut self) {
+        self.count_offloaded().await;
+        if self.offload.is_hindered_otherwise(&self.host).await {
+            self.follow_table(changes(&self.config, &self.devices, self.nft)).await;
+        }
+    }
+
+    /// Lets what the kernel forwards by itself follow its routes.
+    async fn follow_routes(&mut self) {
+        if self.offload.is_outdated(&self.host, &self.config).await {
+            self.follow_table(changes(&self.config, &self.devices, self.nft)).await;
+        }
     }
 
     /// Makes the host as `base` says, and lets what the kernel forwards by itself follow the table.

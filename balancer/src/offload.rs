@@ -2,9 +2,9 @@
 //!
 //! A connection's port is its state, so all of its segments but the first go where a map says: to the owner of their
 //! service port (`B2`), those of plain clients to the server of their hash (`B3`), answers back with the VIP as their
-//! source (`B5`). Only what opens a connection has to be decided here: SYNs and SYN-ACKs come to userspace, and so do
-//! ICMP, fragments and everything that no map knows. Where connections are counted ([`Config`]'s `statistics`), FINs and
-//! resets come, too.
+//! source (`B5`). Only SYNs to redirect ports have to be decided here: they come to userspace, and so do ICMP, fragments and
+//! everything that no map knows. Other SYNs and SYN-ACKs come where they are limited, need a token or get C; where
+//! connections are counted ([`Config`]'s `statistics`), they do, and FINs and resets, too.
 //!
 //! The maps follow the table: reloads, requests and health change what differs, in one step. They end with the daemon; a
 //! killed one leaves them, with the sysctls they need, and established traffic goes on until the next one changes them
@@ -13,18 +13,22 @@
 //! In the modes `direct` and `datalink` a packet stays as it is: the maps give it its server's mark, and a rule routes what
 //! has it as it routes what userspace writes to the server's device. Nothing comes back there.
 //!
+//! In the mode `network` the next hops are known too, as long as nothing but routing decides about them
+//! ([`shunt_host::shortcuts`]): then packets are handed on where they arrive, past routing.
+//!
 //! What the configuration asks for and maps cannot do stays in userspace as a whole: [`Offloadable`] says what and why.
 //! The kernel's counters are read every second and added to the balancer's own, so that statistics, `least-packets` and
 //! the wait for a drained server are right.
+
+mod standing;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use shunt_host::change::Sysctl;
 use shunt_host::offload::{Count, Counted, End, Goal, MAX_ENTRIES, MAX_SLOTS, PortMap, Spread};
-use shunt_host::{Change, Family, Host, HostError, Offload, query};
+use shunt_host::{Family, Offload};
 use shunt_stack::wire::TcpFlags;
 
 use crate::Balancer;
@@ -34,6 +38,8 @@ use crate::maglev::{Maglev, SLOTS, client_seed};
 use crate::route::Way;
 use crate::stats::{ServerStats, Stats};
 use crate::table::{ServerId, Table};
+
+pub(crate) use standing::Standing;
 
 /// Why packets are not left to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -157,13 +163,27 @@ pub(crate) struct Plan {
     plain: Option<Obstacle>,
 }
 
-/// Places of the port maps.
-const MAPS: [(End, Transport); 4] = [
+/// The port maps: those of TCP twice, for ports whose SYNs come here, and for those where flags do not matter.
+const MAPS: [(End, Transport); 6] = [
+    (End::Destination, Transport::Tcp),
+    (End::Source, Transport::Tcp),
     (End::Destination, Transport::Tcp),
     (End::Source, Transport::Tcp),
     (End::Destination, Transport::Udp),
     (End::Source, Transport::Udp),
 ];
+const FIRST_OF_ALL_FLAGS: usize = 2;
+const FIRST_OF_UDP: usize = 4;
+
+/// The index in [`MAPS`].
+fn place(end: End, transport: Transport, all_flags: bool) -> usize {
+    let first = match (transport, all_flags) {
+        (Transport::Tcp, false) => 0,
+        (Transport::Tcp, true) => FIRST_OF_ALL_FLAGS,
+        (Transport::Udp, _) => FIRST_OF_UDP,
+    };
+    first + usize::from(end == End::Source)
+}
 
 impl Plan {
     /// What the table says of packets that open no connection.
@@ -171,7 +191,15 @@ impl Plan {
         let offloadable = Offloadable::new(config)?;
         let opens = TcpFlags::SYN.0;
         let ends = if config.statistics.is_some() { (TcpFlags::FIN | TcpFlags::RST).0 } else { 0 };
-        let maps = MAPS.map(|(end, transport)| PortMap { end, transport, entries: BTreeMap::new() });
+        let mut maps = MAPS.map(|(end, transport)| PortMap {
+            end,
+            transport,
+            except_flags: if transport == Transport::Tcp { opens | ends } else { 0 },
+            entries: BTreeMap::new(),
+        });
+        for map in &mut maps[FIRST_OF_ALL_FLAGS..FIRST_OF_UDP] {
+            map.except_flags = 0;
+        }
         let marked = config.forward.uses_devices();
         let marks = devices
             .servers
@@ -187,10 +215,10 @@ impl Plan {
                     Vec::new()
                 },
                 except_destinations: config.vips.iter().copied().collect(),
-                except_flags: opens | ends,
                 mark_mask: marked.then_some(config.host.server_mark_mask),
                 maps: maps.into(),
                 spreads: Vec::new(),
+                shortcuts: None,
             },
             entries: BTreeMap::new(),
             stats: Arc::clone(&balancer.stats),
@@ -203,7 +231,7 @@ impl Plan {
                 plan.legacy_server(config, service, balancer);
             }
         }
-        plan.ways_back(balancer);
+        plan.ways_back(config, balancer);
         if offloadable.plain.is_none() && config.legacy == Legacy::Hash {
             plan.spread(config, &offloadable, balancer);
         }
@@ -233,11 +261,15 @@ impl Plan {
 
     /// `B2`.
     fn service_ports(&mut self, config: &Config, index: usize, service: &Service, balancer: &Balancer) {
-        for (map, transport) in [(0, Transport::Tcp), (2, Transport::Udp)] {
+        for transport in [Transport::Tcp, Transport::Udp] {
             for vip in service.vips.iter().filter(|vip| service.is_reached(**vip, transport)) {
                 for (number, (server, stats)) in config.servers.iter().zip(&balancer.servers).enumerate() {
                     let Some(goal) = self.towards(number, server.address(Family::of(*vip))) else { continue };
                     for port in server.ports_of(index).flat_map(shunt_host::PortRange::ports) {
+                        let all = flags_matter_not(config)
+                            && service.traffic.limit.is_none()
+                            && !balancer.decides_about_syns(*vip, port);
+                        let map = place(End::Destination, transport, all);
                         self.entry(map, SocketAddr::new(*vip, port), goal, Way::Owner, stats);
                     }
                 }
@@ -255,19 +287,21 @@ impl Plan {
             let goal = server
                 .and_then(|server| self.towards(server.index(), balancer.table.address(server, vip.ip())));
             if let (Some(server), Some(goal)) = (server, goal) {
-                self.entry(0, vip, goal, Way::LegacyServer, &balancer.servers[server.index()]);
+                let map = place(End::Destination, Transport::Tcp, false);
+                self.entry(map, vip, goal, Way::LegacyServer, &balancer.servers[server.index()]);
             }
         }
     }
 
     /// `B5`.
-    fn ways_back(&mut self, balancer: &Balancer) {
+    fn ways_back(&mut self, config: &Config, balancer: &Balancer) {
         for (address, protocol, port, back) in balancer.table.ways_back() {
-            let map = match protocol {
-                6 => 1,
-                17 => 3,
+            let transport = match protocol {
+                6 => Transport::Tcp,
+                17 => Transport::Udp,
                 _ => continue,
             };
+            let map = place(End::Source, transport, flags_matter_not(config) && !back.confirms);
             let stats = &balancer.servers[back.server.index()];
             let goal = Goal::Address(back.vip);
             self.entry(map, SocketAddr::new(address, port), goal, Way::ToClient, stats);
@@ -311,6 +345,7 @@ impl Plan {
             }
             self.offload.spreads.push(Spread {
                 targets,
+                except_flags: self.offload.maps[0].except_flags,
                 seed: client_seed(config.level),
                 slots: maglev.slots().iter().map(place).collect(),
                 goals: servers.iter().map(|(_, goal)| *goal).collect(),
@@ -347,6 +382,20 @@ impl Plan {
     }
 }
 
+/// Whether no connections are counted.
+fn flags_matter_not(config: &Config) -> bool {
+    config.statistics.is_none()
+}
+
+impl Balancer {
+    /// Whether SYNs to a service port need a decision: `B1` on a port that is both, or `T4`.
+    fn decides_about_syns(&self, vip: IpAddr, port: u16) -> bool {
+        let redirects =
+            self.table.vip(vip).is_some_and(|vip| self.table.set(vip, Transport::Tcp, port).is_some());
+        redirects || self.tokens.guards(vip, port)
+    }
+}
+
 /// A service's redirect ports by TCP that are nobody's service port.
 fn unowned(table: &Table, service: &Service) -> impl Iterator<Item = SocketAddr> {
     let tcp = service.vips.iter().filter(|vip| service.is_reached(**vip, Transport::Tcp));
@@ -354,127 +403,4 @@ fn unowned(table: &Table, service: &Service) -> impl Iterator<Item = SocketAddr>
     let owned =
         move |vip: IpAddr| table.vip(vip).is_some_and(|vip| vip.owner(Transport::Tcp, port).is_some());
     tcp.copied().filter(move |vip| !owned(*vip)).map(move |vip| SocketAddr::new(vip, port))
-}
-
-/// What stands of it on the host.
-#[derive(Debug, Default)]
-pub(crate) struct Standing {
-    plan: Option<Plan>,
-    /// Why not, or not all.
-    pub(crate) obstacle: Option<Obstacle>,
-    /// Nothing is ever left to the kernel while this balancer runs.
-    never: Option<Obstacle>,
-    /// Interfaces towards servers: what comes from there has the VIP as its source before it is routed.
-    links: BTreeSet<String>,
-}
-
-impl Standing {
-    /// `recorded`: whether a capture has to see every packet; `nft`: whether the kernel has nftables.
-    pub(crate) fn new(recorded: bool, nft: bool) -> Standing {
-        let never = match (recorded, nft) {
-            (true, _) => Some(Obstacle::Capture),
-            (_, false) => Some(Obstacle::Kernel("it has no nftables".to_owned())),
-            _ => None,
-        };
-        Standing { never, ..Standing::default() }
-    }
-
-    /// Whether anything is left to the kernel.
-    pub(crate) fn in_force(&self) -> bool {
-        self.plan.is_some()
-    }
-
-    /// Why plain clients' segments to redirect ports are not.
-    pub(crate) fn plain(&self) -> Option<&Obstacle> {
-        self.plan.as_ref()?.plain.as_ref()
-    }
-
-    /// What stands on the host because of it.
-    pub(crate) fn changes(&self) -> Vec<Change> {
-        let Some(plan) = &self.plan else { return Vec::new() };
-        with(plan, &self.links)
-    }
-
-    /// Makes the host as `base` says, with what the kernel can take beside it. What it refuses stays in userspace.
-    pub(crate) async fn install(
-        &mut self,
-        host: &mut Host,
-        base: Vec<Change>,
-        config: &Config,
-        balancer: &Balancer,
-        devices: &Devices,
-    ) -> Result<(), HostError> {
-        self.count(host).await;
-        let generation = host.offload_generation();
-        let plan = match &self.never {
-            Some(obstacle) => Err(obstacle.clone()),
-            None => Plan::new(config, balancer, devices),
-        };
-        let mut plan = match plan {
-            Ok(plan) => plan,
-            Err(obstacle) => {
-                (self.plan, self.obstacle) = (None, Some(obstacle));
-                return host.replace(base).await;
-            }
-        };
-        self.links = links(config).await?;
-        let both =
-            |plan: &Plan, links: &BTreeSet<String>| base.iter().cloned().chain(with(plan, links)).collect();
-        let mut result = host.replace(both(&plan, &self.links)).await;
-        if let Err(error) = &result
-            && !plan.offload.spreads.is_empty()
-        {
-            tracing::warn!(%error, "the kernel does not take the hash table: plain clients' packets go through userspace");
-            plan.plain = Some(Obstacle::Kernel(error.to_string()));
-            plan.offload.spreads.clear();
-            result = host.replace(both(&plan, &self.links)).await;
-        }
-        if let Err(error) = result {
-            // The base may be what failed: then it fails again.
-            host.replace(base).await?;
-            tracing::warn!(%error, "the kernel forwards nothing by itself: all packets go through userspace");
-            (self.plan, self.obstacle) = (None, Some(Obstacle::Kernel(error.to_string())));
-            return Ok(());
-        }
-        if let Some(before) = self.plan.as_ref().filter(|_| host.offload_generation() == generation) {
-            plan.follow(before);
-        }
-        (self.plan, self.obstacle) = (Some(plan), None);
-        Ok(())
-    }
-
-    /// Reads the kernel's counters.
-    pub(crate) async fn count(&mut self, host: &Host) {
-        let Some(plan) = &mut self.plan else { return };
-        match host.offload_counts().await {
-            Ok(counts) => plan.count(&counts),
-            Err(error) => tracing::debug!(%error, "the kernel's counters cannot be read"),
-        }
-    }
-}
-
-fn with(plan: &Plan, links: &BTreeSet<String>) -> Vec<Change> {
-    let conf = |link: &String, name, value| {
-        Change::from(Sysctl::interface(Family::V4, link, name, value).optional())
-    };
-    // Sources are checked after the maps: the VIP's route leads into our device, and it may be this host's own address.
-    let checks = links.iter().flat_map(|link| [conf(link, "rp_filter", 0), conf(link, "accept_local", 1)]);
-    checks.chain([plan.offload.clone().into()]).collect()
-}
-
-/// The interfaces from which answers come, `network` mode.
-async fn links(config: &Config) -> Result<BTreeSet<String>, HostError> {
-    let mut links = BTreeSet::new();
-    if config.forward != ForwardMode::Network {
-        return Ok(links);
-    }
-    for &address in config.servers.iter().flat_map(|server| &server.addresses) {
-        match query::next_hop(address).await {
-            Ok(hop) => drop(links.insert(hop.interface)),
-            // Its packets go nowhere in userspace, either.
-            Err(HostError::NoRoute(_)) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(links)
 }

@@ -37,6 +37,11 @@ impl Tokens {
         Tokens { policy, redirect_ports }
     }
 
+    /// Whether SYNs to a service port need a token.
+    pub(crate) fn guards(&self, vip: IpAddr, port: u16) -> bool {
+        self.redirect_ports.contains_key(&(vip, port))
+    }
+
     /// Whether tokens are demanded, now or at other times.
     pub(crate) fn may_demand(&self) -> bool {
         self.policy.may_demand()

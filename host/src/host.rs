@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,9 +14,10 @@ use crate::error::HostError;
 use crate::kernel::{self, LinkState, Netlink};
 use crate::ledger::{self, Files};
 use crate::maps;
-use crate::nft;
+use crate::nft::{self, Nft};
 use crate::offload::{Count, Counted, Offload};
 use crate::options::HostOptions;
+use crate::shortcuts::{self, Detour, Own, Shortcuts};
 use crate::swaps::{self, PortSwaps};
 use crate::sysctl;
 
@@ -42,6 +44,8 @@ pub struct Host {
     netlink: Netlink,
     applied: Vec<Entry>,
     offload_generation: AtomicU64,
+    /// Looked for once: later the daemon may not read such files any more.
+    old_iptables: bool,
     closed: bool,
     _lock: Flock<File>,
 }
@@ -101,6 +105,7 @@ impl Host {
             netlink: kernel::connect()?,
             applied: Vec::new(),
             offload_generation: AtomicU64::new(0),
+            old_iptables: shortcuts::has_old_iptables(),
             closed: false,
             _lock: lock,
         })
@@ -263,9 +268,9 @@ impl Host {
                 Some(before) => kernel::restore_link(netlink, link, before).await,
                 None => Ok(()),
             },
-            Change::Divert(_) => nft::remove(&self.table()).await.map(drop),
-            Change::Offload(_) => nft::remove(&self.maps_table()).await.map(drop),
-            Change::SwapTable(_) => nft::remove(&self.swaps_table()).await.map(drop),
+            Change::Divert(_) => nft::remove(&self.table(), Nft::Inet).await.map(drop),
+            Change::Offload(_) => maps::uninstall(&self.maps_table()).await.map(drop),
+            Change::SwapTable(_) => nft::remove(&self.swaps_table(), Nft::Inet).await.map(drop),
         }
     }
 
@@ -315,11 +320,11 @@ impl Host {
             // It may have been written down but never made.
             kernel::or_exists(self.apply_one(entry).await)?;
         }
-        let mut table = usize::from(nft::remove(&self.table()).await?);
+        let mut table = usize::from(nft::remove(&self.table(), Nft::Inet).await?);
         if !self.changes().any(|change| matches!(change, Change::Offload(_))) {
-            table += usize::from(nft::remove(&self.maps_table()).await?);
+            table += maps::uninstall(&self.maps_table()).await?;
         }
-        table += usize::from(nft::remove(&self.swaps_table()).await?);
+        table += usize::from(nft::remove(&self.swaps_table(), Nft::Inet).await?);
         let mut ledger = self.files.ledger().await?;
         ledger.release_all_but(&stays)?;
         if ledger.release_local_last()? {
@@ -383,12 +388,38 @@ impl Host {
         }
     }
 
+    /// The ways out of this host; none leads to an address of `except`. What stands because of this session is in
+    /// nobody's way.
+    ///
+    /// # Errors
+    /// Netlink fails.
+    pub async fn shortcuts(&self, except: &BTreeSet<IpAddr>) -> Result<Result<Shortcuts, Detour>, HostError> {
+        if self.old_iptables {
+            return Ok(Err(Detour::Iptables));
+        }
+        let tables = [self.table(), self.maps_table()];
+        let own = Own { protocol: self.options.protocol(), tables: &tables };
+        shortcuts::find(own, except).await
+    }
+
+    /// Why there are no shortcuts now, whatever the routes.
+    ///
+    /// # Errors
+    /// Netlink fails.
+    pub async fn detour(&self) -> Result<Option<Detour>, HostError> {
+        if self.old_iptables {
+            return Ok(Some(Detour::Iptables));
+        }
+        let tables = [self.table(), self.maps_table()];
+        shortcuts::detour(Own { protocol: self.options.protocol(), tables: &tables }).await
+    }
+
     /// The name of our nftables table.
     fn table(&self) -> String {
         format!("shunt_{}", self.name)
     }
 
-    /// The name of that of maps.
+    /// The name of those of maps.
     fn maps_table(&self) -> String {
         format!("shunt_{}_maps", self.name)
     }

@@ -128,9 +128,13 @@ pub(crate) fn is_own_origin(protocol: Option<u8>) -> bool {
 
 /// `lookup local` without any selector.
 pub(crate) fn is_plain_local(rule: &RuleMessage) -> bool {
+    rule.table_id() == LOCAL && is_plain_lookup(rule)
+}
+
+/// A lookup in some table without any selector.
+pub(crate) fn is_plain_lookup(rule: &RuleMessage) -> bool {
     rule.is_lookup()
         && !rule.is_invert()
-        && rule.table_id() == LOCAL
         && rule.src_len() == 0
         && rule.dst_len() == 0
         && rule.iifname().is_none()

@@ -56,6 +56,7 @@ pub mod options;
 pub mod prefix;
 pub mod query;
 pub mod sandbox;
+pub mod shortcuts;
 pub mod swaps;
 mod sysctl;
 #[cfg(test)]
@@ -74,5 +75,6 @@ pub use nft::nft_available;
 pub use offload::Offload;
 pub use options::{HostOptions, HostSettings};
 pub use prefix::{Family, PortRange, Prefix, Transport};
+pub use shortcuts::Shortcuts;
 pub use swaps::{PortSwap, PortSwaps, SwapTable};
 pub use token::{TokenOptions, TokenSettings};

@@ -9,6 +9,8 @@ use nlink::netlink::nftables::{
     PayloadBase, Priority, Register, Rule, Set, SetElement, SetKeyType, TcpFlags, Transaction,
 };
 
+pub(crate) use nlink::netlink::nftables::Family as Nft;
+
 use crate::divert::{Divert, PacketKind, PacketMatch, QuotedMatch, SegmentMatch, TcpConnection};
 use crate::error::{HostError, absent};
 use crate::offload::End;
@@ -63,21 +65,25 @@ pub async fn nft_available() -> bool {
 pub(crate) async fn install(table: &str, divert: &Divert) -> Result<(), HostError> {
     let nft = connect()?;
     let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
-    let transaction = Build::new(&nft, table, exists(&nft, table).await?).divert(divert)?;
+    let transaction = Build::new(&nft, table, exists(&nft, table, Table::Inet).await?).divert(divert)?;
     transaction.commit(&nft).await.map_err(failed)
 }
 
 /// Whether there is a table of this name.
-pub(crate) async fn exists(nft: &Connection<Nftables>, table: &str) -> Result<bool, HostError> {
-    let listed = nft.list_tables_in(Table::Inet).await;
+pub(crate) async fn exists(
+    nft: &Connection<Nftables>,
+    table: &str,
+    family: Table,
+) -> Result<bool, HostError> {
+    let listed = nft.list_tables_in(family).await;
     let listed = listed.map_err(|error| HostError::netlink("list nftables tables", error))?;
     Ok(listed.iter().any(|listed| listed.name.as_str() == table))
 }
 
 /// Removes the table; says whether it was there. A kernel without nftables has none.
-pub(crate) async fn remove(table: &str) -> Result<bool, HostError> {
+pub(crate) async fn remove(table: &str, family: Table) -> Result<bool, HostError> {
     let Ok(nft) = connect() else { return Ok(false) };
-    match nft.del_table(table, Table::Inet).await {
+    match nft.del_table(table, family).await {
         Ok(()) => Ok(true),
         Err(error) if absent(&error) || unsupported(&error) => Ok(false),
         Err(error) => Err(HostError::netlink(format!("remove the nftables table {table}"), error)),

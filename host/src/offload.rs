@@ -11,6 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::prefix::{PortRange, Transport};
+use crate::shortcuts::Shortcuts;
 
 /// The most entries of all port maps together; each is dumped whenever counters are read.
 pub const MAX_ENTRIES: usize = 65_536;
@@ -42,6 +43,8 @@ pub struct PortMap {
     pub end: End,
     /// Of which protocol.
     pub transport: Transport,
+    /// TCP segments with any of these flags are left alone.
+    pub except_flags: u8,
     /// The goals; an address of another family than the key's leaves the entry out.
     pub entries: BTreeMap<SocketAddr, Goal>,
 }
@@ -53,6 +56,8 @@ pub struct PortMap {
 pub struct Spread {
     /// What is spread, one at least; all of one family, that of the goals.
     pub targets: Vec<SocketAddr>,
+    /// Segments with any of these flags are left alone.
+    pub except_flags: u8,
     /// The hash's seed.
     pub seed: u32,
     /// For each scaled hash the index of the goal.
@@ -80,9 +85,6 @@ pub struct Offload {
     /// Maps of sources leave what goes to these addresses alone.
     #[serde(skip)]
     pub except_destinations: BTreeSet<IpAddr>,
-    /// TCP segments with any of these flags are left alone.
-    #[serde(skip)]
-    pub except_flags: u8,
     /// The bits of marks that are ours, where all goals are marks: packets with any other bit set are left alone. Without
     /// it all goals are addresses.
     #[serde(skip)]
@@ -93,6 +95,9 @@ pub struct Offload {
     /// Maps from hashes.
     #[serde(skip)]
     pub spreads: Vec<Spread>,
+    /// The ways out by which packets with new addresses are handed on where they arrive; what has none is routed.
+    #[serde(skip)]
+    pub shortcuts: Option<Shortcuts>,
 }
 
 impl Offload {

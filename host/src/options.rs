@@ -41,6 +41,7 @@ pub struct HostSettings {
 #[serde(rename_all = "lowercase")]
 enum OffloadSetting {
     Auto,
+    Routed,
     Off,
 }
 
@@ -69,6 +70,9 @@ pub struct HostOptions {
     /// Whether the kernel does by itself what it can: a balancer's forwards ([`offload`](crate::offload)), a client's
     /// exchanges ports ([`swaps`](crate::swaps)); a server's does nothing.
     pub offload: bool,
+    /// Whether what the kernel forwards for a balancer is handed on where it arrives, if nothing else has a say in it
+    /// ([`shortcuts`](crate::shortcuts)), or always routed.
+    pub shortcuts: bool,
     /// Queues of the device, each with a thread, at most [`MAX_QUEUES`]; a client's and a server's have one.
     pub queues: usize,
     /// Whether each thread stays on a processor of its own.
@@ -94,6 +98,7 @@ impl HostOptions {
             device: device.to_owned(),
             super_packets: true,
             offload: role != Role::Server,
+            shortcuts: role == Role::Balancer,
             queues: 1,
             pin: false,
         }
@@ -171,7 +176,12 @@ impl HostSettings {
                 let message = "an agent sees handshakes only: nothing of it can be left to the kernel";
                 return Err(source.error_at(offload.span(), message));
             }
-            options.offload = *offload.get_ref() == OffloadSetting::Auto;
+            if role != Role::Balancer && *offload.get_ref() == OffloadSetting::Routed {
+                let message = "only what a balancer forwards can be routed or not";
+                return Err(source.error_at(offload.span(), message));
+            }
+            options.offload = *offload.get_ref() != OffloadSetting::Off;
+            options.shortcuts = role == Role::Balancer && *offload.get_ref() == OffloadSetting::Auto;
         }
         self.resolve_server_marks(role, source, &mut options)?;
         self.resolve_queues(role, source, &mut options)?;

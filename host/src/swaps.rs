@@ -101,7 +101,7 @@ pub struct SwapCounts {
 pub(crate) async fn install(table: &str, swaps: &SwapTable) -> Result<(), HostError> {
     let nft = connect()?;
     let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
-    let exists = exists(&nft, table).await?;
+    let exists = exists(&nft, table, Table::Inet).await?;
     let transaction = whole_table(&nft, table, swaps, exists).map_err(failed)?;
     transaction.commit(&nft).await.map_err(failed)
 }
@@ -269,7 +269,7 @@ impl PortSwaps {
     /// The kernel refuses.
     pub async fn remove(&mut self) -> Result<(), HostError> {
         self.standing.clear();
-        remove(&self.table).await.map(drop)
+        remove(&self.table, Table::Inet).await.map(drop)
     }
 
     async fn send(&self, gone: &[PortSwap], new: &[PortSwap]) -> Result<(), HostError> {

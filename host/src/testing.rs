@@ -33,9 +33,17 @@ pub(crate) fn run(program: &str, arguments: &str) -> String {
 
 /// A TUN device that is up, without packet information, non-blocking.
 pub(crate) fn tun(name: &str) -> Iface {
-    let device =
-        Iface::without_packet_info(name, Mode::Tun).expect("a TUN device (this test must run as root)");
-    device.set_non_blocking().expect("a non-blocking TUN device");
+    device(name, Mode::Tun)
+}
+
+/// The same of Ethernet's kind, with its own address.
+pub(crate) fn tap(name: &str) -> Iface {
+    device(name, Mode::Tap)
+}
+
+fn device(name: &str, mode: Mode) -> Iface {
+    let device = Iface::without_packet_info(name, mode).expect("a device (this test must run as root)");
+    device.set_non_blocking().expect("a non-blocking device");
     run("ip", &format!("link set {name} up"));
     device
 }

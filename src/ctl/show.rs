@@ -120,6 +120,9 @@ fn offload(value: &Value) -> String {
         if let Some(why) = value["plain"].as_str() {
             let _ = writeln!(out, "  not for plain clients: {why}");
         }
+        if let Some(why) = value["routed"].as_str() {
+            let _ = writeln!(out, "  routed: {why}");
+        }
         for (service, why) in value["services"].as_object().into_iter().flatten() {
             let _ = writeln!(out, "  not for {service}: {}", text(why));
         }

@@ -35,6 +35,9 @@ struct OffloadShow<'a> {
     /// Why not plain clients' segments.
     #[serde(skip_serializing_if = "Option::is_none")]
     plain: Option<String>,
+    /// Why what it forwards is routed, not handed on where it arrives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routed: Option<String>,
     /// By service that stays in userspace: why.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     services: BTreeMap<&'a str, String>,
@@ -50,6 +53,7 @@ fn offload<'a>(config: &'a Config, standing: &Standing, counters: &Snapshot) -> 
         in_force: standing.in_force(),
         why_not: standing.obstacle.as_ref().map(ToString::to_string),
         plain: standing.plain().map(ToString::to_string),
+        routed: standing.routed().map(ToString::to_string),
         services: services
             .filter_map(|(service, obstacle)| Some((service.name.as_str(), obstacle?.to_string())))
             .collect(),

@@ -6,6 +6,7 @@ use shunt_stack::wire::{Packet, SeqNumber, TcpFlags};
 
 use super::packets::segment;
 use super::{balancer, casts, three_servers, with_udp};
+use crate::config::Transport;
 use crate::host::{Devices, ServerDevice};
 use crate::offload::{Obstacle, Offloadable, Plan};
 use crate::{Config, Route};
@@ -95,7 +96,7 @@ fn b2_b5_maps_say_what_userspace_decides() {
         for cast in casts() {
             for port in [443, 41_001, 41_002, 41_003, 41_004, 22] {
                 let there = segment(cast.client(), cast.vip(port), TcpFlags::ACK, SeqNumber(8));
-                let mapped = looked_up(&offload.maps[..2], End::Destination, &there);
+                let mapped = looked_up(of_tcp(&offload), End::Destination, &there);
                 let hashed = offload.spreads.iter().any(|spread| spread.targets.contains(&cast.vip(port)));
                 match balancer.route(&there) {
                     Ok(Route::ToServer { server, .. }) if !hashed => {
@@ -109,7 +110,7 @@ fn b2_b5_maps_say_what_userspace_decides() {
                 }
                 for server in cast.servers {
                     let back = segment((server, port).into(), cast.client(), TcpFlags::ACK, SeqNumber(8));
-                    let mapped = looked_up(&offload.maps[..2], End::Source, &back);
+                    let mapped = looked_up(of_tcp(&offload), End::Source, &back);
                     let decided = match balancer.route(&back).unwrap() {
                         Route::ToClient { vip, .. } => Some(vip),
                         _ => None,
@@ -141,11 +142,36 @@ fn b3_slots_say_what_userspace_decides() {
     }
 }
 
+fn of_tcp(offload: &Offload) -> impl Iterator<Item = &PortMap> {
+    offload.maps.iter().filter(|map| map.transport == Transport::Tcp)
+}
+
+/// The flags of segments that come here, by what the maps say of a key.
+fn flags_left(offload: &Offload, end: End, key: std::net::SocketAddr) -> Option<u8> {
+    let mut maps = of_tcp(offload).filter(|map| map.end == end);
+    maps.find(|map| map.entries.contains_key(&key)).map(|map| map.except_flags)
+}
+
 #[test]
-fn what_opens_a_connection_comes_here_and_its_end_where_connections_are_counted() {
-    assert_eq!(offload(&three_servers("")).except_flags, 0x02);
-    let counted = three_servers("") + "[statistics]\nconnections = true\n";
-    assert_eq!(offload(&counted).except_flags, 0x07);
+fn what_has_to_be_decided_about_comes_here() {
+    const SYN: u8 = 0x02;
+    let cast = casts()[0];
+    let (there, back) = (cast.vip(41_001), std::net::SocketAddr::new(cast.servers[0], 41_001));
+    let flags = |text: &str| {
+        let offload = offload(text);
+        assert_eq!(offload.spreads[0].except_flags & SYN, SYN, "B1");
+        [flags_left(&offload, End::Destination, there), flags_left(&offload, End::Source, back)]
+    };
+    let plain = three_servers("");
+    // B2 has no question about any flag.
+    assert_eq!(flags(&plain), [Some(0), Some(0)]);
+    let counted = format!("{plain}[statistics]\nconnections = true\n");
+    assert_eq!(flags(&counted), [Some(0x07), Some(0x07)]);
+    let limited = plain.replace("redirect_port = 443\n", "redirect_port = 443\nlimit = { new_per_s = 5 }\n");
+    assert_ne!(limited, plain);
+    assert_eq!(flags(&limited), [Some(SYN), Some(0)]);
+    // B1: SYN-ACKs get C.
+    assert_eq!(flags(&three_servers("answer = \"balancer\"")), [Some(0), Some(SYN)]);
 }
 
 #[test]
@@ -155,12 +181,13 @@ fn where_packets_stay_as_they_are_servers_have_marks() {
     assert_eq!(offload.mark_mask, Some(0x03ff_0000));
     assert_eq!(offload.except_prefix.as_deref(), Some("shunt-lb0-"));
     for cast in casts() {
-        let goal = |port| offload.maps[0].entries.get(&cast.vip(port)).copied();
+        let goal = |port| of_tcp(&offload).find_map(|map| map.entries.get(&cast.vip(port)).copied());
         assert_eq!(goal(41_001), Some(Goal::Mark(0x0001_0000)));
         assert_eq!(goal(41_002), None, "its packets are dropped, and counted");
         assert_eq!(goal(41_003), Some(Goal::Mark(0x0008_0000)));
         let spread = offload.spreads.iter().find(|spread| spread.targets.contains(&cast.vip(443))).unwrap();
         assert!(spread.goals.contains(&Goal::Mark(0x0001_0000)));
     }
-    assert!(offload.maps[1].entries.is_empty(), "answers go straight to clients");
+    let back = offload.maps.iter().filter(|map| map.end == End::Source);
+    assert!(back.map(|map| map.entries.len()).sum::<usize>() == 0, "answers go straight to clients");
 }

@@ -4,4 +4,5 @@ mod divert;
 mod host;
 mod offload;
 mod query;
+mod shortcuts;
 mod swaps;

@@ -13,15 +13,15 @@ use crate::prefix::{Family, PortRange, Transport};
 use crate::testing::{in_namespace, run, snapshot, tun};
 use crate::{Change, Host, HostOptions};
 
-const SYN_FIN_RST: u8 = 0x07;
-const ACK: u8 = 0x10;
+pub(super) const SYN_FIN_RST: u8 = 0x07;
+pub(super) const ACK: u8 = 0x10;
 /// A client, a VIP, a server, another server.
-const ENDS: [[&str; 4]; 2] = [
+pub(super) const ENDS: [[&str; 4]; 2] = [
     ["192.0.2.1", "203.0.113.10", "10.3.0.11", "10.3.0.12"],
     ["2001:db8:7::1", "2001:db8::10", "fd00:3::11", "fd00:3::12"],
 ];
 
-fn socket(address: &str, port: u16) -> SocketAddr {
+pub(super) fn socket(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip(address), port)
 }
 
@@ -29,11 +29,11 @@ fn entries(list: &[(&str, u16, &str)]) -> BTreeMap<SocketAddr, Goal> {
     list.iter().map(|(from, port, to)| (socket(from, *port), Goal::Address(ip(to)))).collect()
 }
 
-fn map(end: End, list: &[(&str, u16, &str)]) -> PortMap {
-    PortMap { end, transport: Transport::Tcp, entries: entries(list) }
+pub(super) fn map(end: End, list: &[(&str, u16, &str)]) -> PortMap {
+    PortMap { end, transport: Transport::Tcp, except_flags: SYN_FIN_RST, entries: entries(list) }
 }
 
-fn ends(packet: &[u8]) -> (IpAddr, IpAddr) {
+pub(super) fn ends(packet: &[u8]) -> (IpAddr, IpAddr) {
     if packet[0] >> 4 == 4 {
         let octets = |at: usize| <[u8; 4]>::try_from(&packet[at..at + 4]).unwrap();
         (octets(12).into(), octets(16).into())
@@ -44,7 +44,7 @@ fn ends(packet: &[u8]) -> (IpAddr, IpAddr) {
 }
 
 /// Whether the checksums of a whole segment are right.
-fn sums_are_right(packet: &[u8]) -> bool {
+pub(super) fn sums_are_right(packet: &[u8]) -> bool {
     let (header, addresses) = if packet[0] >> 4 == 4 { (20, 12..20) } else { (40, 8..40) };
     let length = ((packet.len() - header) as u16).to_be_bytes();
     let pseudo = [0, 6, length[0], length[1]];
@@ -101,12 +101,11 @@ fn changes(offload: &Offload) -> Vec<Change> {
     ]
 }
 
-fn both_ways() -> Offload {
+pub(super) fn both_ways() -> Offload {
     let there = ENDS.map(|[_, vip, server, _]| (vip, 41_001, server));
     let back = ENDS.map(|[_, vip, server, _]| (server, 41_001, vip));
     Offload {
         except_interface: Some("none0".to_owned()),
-        except_flags: SYN_FIN_RST,
         except_destinations: ENDS.into_iter().map(|[_, vip, ..]| ip(vip)).collect(),
         except_local_ports: vec![PortRange::new(20_000, 20_010)],
         maps: vec![map(End::Destination, &there), map(End::Source, &back)],
@@ -164,6 +163,7 @@ fn entries_that_stay_count_on_when_others_change() {
             maps: vec![map(End::Destination, &[(vip, 41_001, server), (vip, 41_002, second)])],
             spreads: vec![Spread {
                 targets: vec![socket(vip, 80)],
+                except_flags: SYN_FIN_RST,
                 seed: 1,
                 slots: slots(last),
                 goals: vec![Goal::Address(ip(server)), Goal::Address(ip(other))],
@@ -264,6 +264,7 @@ fn a_spread_chooses_as_jhash_says() {
         let spread =
             |[_, vip, ..]: [&str; 4]| Spread {
                 targets: vec![socket(vip, 80), socket(vip, 443)],
+                except_flags: SYN_FIN_RST,
                 seed: 0x5eed_0001,
                 slots: Arc::clone(&slots),
                 goals: (1..=7)
@@ -278,7 +279,7 @@ fn a_spread_chooses_as_jhash_says() {
                     .collect(),
             };
         let spreads: Vec<Spread> = ENDS.into_iter().map(spread).collect();
-        let offload = Offload { except_flags: SYN_FIN_RST, spreads: spreads.clone(), ..Offload::default() };
+        let offload = Offload { spreads: spreads.clone(), ..Offload::default() };
         let begun = Instant::now();
         lab.install(&offload).await;
         println!("two maps of {SLOTS} slots: {:?}", begun.elapsed());
@@ -312,7 +313,8 @@ fn a_spread_chooses_as_jhash_says() {
             assert_eq!(counted, sent);
         }
         let begun = Instant::now();
-        lab.install(&Offload { except_flags: 0, ..offload }).await;
+        let spreads = spreads.into_iter().map(|spread| Spread { except_flags: 0, ..spread }).collect();
+        lab.install(&Offload { spreads, ..offload }).await;
         println!("replaced in {:?}", begun.elapsed());
         lab.host.close().await.unwrap();
         assert_eq!(run("nft", "list ruleset"), "");
