@@ -308,8 +308,9 @@ fn while_a_killed_shim_is_away_the_vips_are_held() {
     let mut child = net.spawn(&config("auto", ""));
     child.kill().unwrap();
     for vip in VIPS {
-        let address = (vip.parse::<std::net::IpAddr>().unwrap(), X);
-        assert!(net.client.enter(|| std::net::TcpStream::connect(address)).unwrap().is_err());
+        let address = std::net::SocketAddr::new(vip.parse().unwrap(), X);
+        let connect = || std::net::TcpStream::connect_timeout(&address, Duration::from_secs(3));
+        assert!(net.client.enter(connect).unwrap().is_err());
     }
     let mut child = net.spawn(&config("auto", "hold = \"never\""));
     child.kill().unwrap();
