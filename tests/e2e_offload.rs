@@ -266,7 +266,7 @@ fn transfers_go_on_while_a_killed_balancer_is_away() {
     thread::sleep(Duration::from_secs(3));
     // Some may have come to their end meanwhile: curl's limit lets the first megabytes through at once.
     let segments = heard() - before;
-    assert!(segments > 300, "{segments} segments while nobody was there\n{}", net.logs());
+    assert!(segments > 200, "{segments} segments while nobody was there\n{}", net.logs());
     net.start_balancer();
     for transfer in running {
         let done = net.finish(transfer);

@@ -353,6 +353,12 @@ impl Plan {
         }
     }
 
+    /// Leaves plain clients' segments to userspace, because the kernel refuses to spread them.
+    fn without_spreads(&mut self, why: String) {
+        self.plain = Some(Obstacle::Kernel(why));
+        self.offload.spreads.clear();
+    }
+
     /// Takes over what entries that are still the same have counted before; they count on.
     fn follow(&mut self, before: &Plan) {
         let value = |offload: &Offload, of: &Counted| match of {

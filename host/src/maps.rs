@@ -130,8 +130,10 @@ fn make_room(nft: &Connection<Nftables>, offload: &Offload) {
     const ELEMENT: usize = 128;
     let slots: usize = offload.spreads.iter().map(|spread| spread.slots.len() + spread.targets.len()).sum();
     let entries: usize = offload.maps.iter().map(|map| map.entries.len()).sum();
-    // In each of two tables.
-    let wanted = 2 * (slots + entries) * ELEMENT + (1 << 20);
+    let hops = offload.shortcuts.iter().flat_map(|shortcuts| &shortcuts.hops);
+    // Ranges have two ends; all else is in two tables.
+    let ranges: usize = hops.map(|hop| hop.destinations.len()).sum();
+    let wanted = 2 * (slots + entries + ranges) * ELEMENT + (1 << 20);
     if let Err(error) = setsockopt(nft.socket(), SndBufForce, &wanted) {
         tracing::debug!(%error, wanted, "the netlink socket's buffer stays as it is");
     }

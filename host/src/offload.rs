@@ -66,7 +66,7 @@ pub struct Spread {
     pub goals: Vec<Goal>,
 }
 
-/// What the kernel shall forward, in one nftables table of its own. Port maps come before spreads; the first that
+/// What the kernel shall forward, in nftables tables of its own. Port maps come before spreads; the first that
 /// knows a packet ends it.
 ///
 /// Fragments are left alone, and IPv6 packets with extension headers. A journal does not hold the maps: only that they
@@ -95,7 +95,9 @@ pub struct Offload {
     /// Maps from hashes.
     #[serde(skip)]
     pub spreads: Vec<Spread>,
-    /// The ways out by which packets with new addresses are handed on where they arrive; what has none is routed.
+    /// The ways out by which packets with new addresses are handed on where they arrive, in a second table; what has none
+    /// is routed. What is to be left alone must have no way out: to own addresses there is none, and none must lead to
+    /// those of `except_destinations`.
     #[serde(skip)]
     pub shortcuts: Option<Shortcuts>,
 }

@@ -17,7 +17,7 @@ use nlink::netlink::{OwnedEventStream, Xfrm};
 use nlink::{Connection, RtnetlinkGroup};
 use tokio_stream::StreamExt;
 
-use crate::change::{LOCAL, MAIN};
+use crate::change::{LOCAL, MAIN, Sysctl};
 use crate::error::HostError;
 use crate::kernel::{self, Netlink};
 use crate::nft;
@@ -41,10 +41,12 @@ const NOARP: u32 = 0x80;
 const ETHERNET_ADDRESS: usize = 6;
 /// Of `rp_filter`: a packet has to come from where one to its source would go.
 const STRICT: u8 = 1;
-/// `RTNH_F_DEAD`, `RTNH_F_LINKDOWN`: the kernel passes such a route by, or would if the link were asked.
-const NOT_ALIVE: u32 = 1 | 16;
-/// `NF_INET_PRE_ROUTING`, `NF_INET_FORWARD`, `NF_INET_POST_ROUTING`.
-const PASSED_BY: [u32; 3] = [0, 2, 4];
+/// `RTNH_F_DEAD`: the kernel passes such a route by.
+const DEAD: u32 = 1;
+/// `NF_INET_PRE_ROUTING`, `NF_INET_FORWARD`, `NF_INET_POST_ROUTING`, `NF_INET_INGRESS`.
+const PASSED_BY: [u32; 4] = [0, 2, 4, 5];
+/// How often a table that changes while it is read is read again.
+const ATTEMPTS: usize = 5;
 
 /// A way out of this host, and where it leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,9 +78,9 @@ impl Hop {
 /// The ways out of this host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Shortcuts {
-    /// The links that packets may arrive on.
-    pub arrivals: BTreeSet<String>,
-    /// The ways out, those that lead to the most addresses first; [`MAX_HOPS`] of a family at the most.
+    /// The links that packets may arrive on, by their indices.
+    pub arrivals: BTreeMap<u32, String>,
+    /// The ways out: of each family those that lead to the most addresses, [`MAX_HOPS`] at the most.
     pub hops: Vec<Hop>,
 }
 
@@ -141,10 +143,12 @@ pub(crate) async fn detour(own: Own<'_>) -> Result<Option<Detour>, HostError> {
         return Ok(Some(Detour::Chain { table: chain.table.clone(), chain: chain.name.clone() }));
     }
     let rules = kernel::rules(&kernel::connect()?).await?;
-    let other = rules.iter().find(|rule| rule.protocol() != Some(own.protocol) && !is_usual(rule));
-    Ok(match other {
+    let others = || rules.iter().filter(|rule| rule.protocol() != Some(own.protocol));
+    let chooses =
+        others().find(|rule| !is_usual(rule)).or_else(|| others().find(|rule| is_early(rule, &rules)));
+    Ok(match chooses {
         Some(rule) => Some(Detour::Rule(rule.priority())),
-        None => has_ipsec().await.then_some(Detour::Ipsec),
+        None => has_ipsec().await?.then_some(Detour::Ipsec),
     })
 }
 
@@ -162,19 +166,18 @@ pub(crate) async fn find(
     let netlink = kernel::connect()?;
     let links = netlink.get_links().await;
     let links = links.map_err(|error| HostError::netlink("list the interfaces", error))?;
-    let Some(links) = Links::new(&links) else { return Ok(Err(Detour::Links)) };
+    let links = Links::new(&links);
     let Some(routes) = routes(&netlink, &links).await? else { return Ok(Err(Detour::Routes)) };
-    let arrivals = links.arrivals();
-    if arrivals.is_empty() {
-        return Ok(Err(Detour::Links));
-    }
-    Ok(Ok(Shortcuts { arrivals, hops: hops(&links, &routes, except) }))
+    let shortcuts = links.shortcuts(&routes, except);
+    Ok(if shortcuts.arrivals.is_empty() { Err(Detour::Links) } else { Ok(shortcuts) })
 }
 
 /// Follows what [`Shortcuts`] are made of, as the kernel tells it (rtnetlink multicast): links, their
 /// settings, addresses, routes, rules.
 pub struct RouteWatch {
     events: OwnedEventStream<nlink::Route>,
+    /// Something has been told that nobody has been told yet.
+    pending: bool,
 }
 
 impl RouteWatch {
@@ -188,23 +191,28 @@ impl RouteWatch {
         multicast
             .subscribe(&[Link, Ipv4Addr, Ipv6Addr, Ipv4Route, Ipv6Route, Ipv4Rule, Ipv6Rule, Nexthop])
             .map_err(|error| HostError::netlink("follow the routes", error))?;
-        Ok(RouteWatch { events: multicast.into_events().await })
+        Ok(RouteWatch { events: multicast.into_events().await, pending: false })
     }
 
     /// Waits until something has changed, and then until nothing more does for [`QUIET`], [`RESTLESS`] at the most.
-    /// Cancel-safe but for changes in that time.
+    /// Cancel-safe.
     ///
     /// # Errors
     /// Netlink fails: nothing more will be told.
     pub async fn changed(&mut self) -> Result<(), HostError> {
-        self.next().await?;
+        if !self.pending {
+            self.next().await?;
+            self.pending = true;
+        }
         let all = async {
             while let Ok(more) = tokio::time::timeout(QUIET, self.next()).await {
                 more?;
             }
             Ok(())
         };
-        tokio::time::timeout(RESTLESS, all).await.unwrap_or(Ok(()))
+        tokio::time::timeout(RESTLESS, all).await.unwrap_or(Ok(()))?;
+        self.pending = false;
+        Ok(())
     }
 
     async fn next(&mut self) -> Result<(), HostError> {
@@ -221,7 +229,7 @@ impl RouteWatch {
 /// Whether the old iptables has tables here; unknown is no.
 pub(crate) fn has_old_iptables() -> bool {
     let named = |path| std::fs::read_to_string(path).is_ok_and(|names| !names.trim().is_empty());
-    named("/proc/net/ip_tables_names") || named("/proc/net/ip6_tables_names")
+    named("/proc/thread-self/net/ip_tables_names") || named("/proc/thread-self/net/ip6_tables_names")
 }
 
 /// Whether a chain sees packets that are forwarded, on their way through this host or before it.
@@ -244,101 +252,81 @@ fn is_usual(rule: &RuleMessage) -> bool {
     !chooses && kernel::is_plain_lookup(rule) && [LOCAL, MAIN, DEFAULT].contains(&rule.table_id())
 }
 
-/// A kernel without `IPsec` has no policies.
-async fn has_ipsec() -> bool {
-    let Ok(xfrm) = Connection::<Xfrm>::new() else { return false };
-    xfrm.get_security_policies().await.is_ok_and(|policies| !policies.is_empty())
+/// One that is asked before another of its family that has to come first: local, main, default.
+fn is_early(rule: &RuleMessage, all: &[RuleMessage]) -> bool {
+    let place =
+        |rule: &RuleMessage| [LOCAL, MAIN, DEFAULT].iter().position(|table| *table == rule.table_id());
+    let before = |other: &&RuleMessage| {
+        other.is_ipv4() == rule.is_ipv4() && is_usual(other) && other.priority() > rule.priority()
+    };
+    is_usual(rule) && all.iter().filter(before).any(|other| place(other) < place(rule))
 }
 
-/// The links that have neighbours.
-#[derive(Debug)]
-struct Links {
-    /// By index: name, and whether no packet that arrives here is too long for it.
-    fitting: BTreeMap<u32, (String, bool)>,
+/// A kernel without `IPsec` has no policies.
+async fn has_ipsec() -> Result<bool, HostError> {
+    let Ok(xfrm) = Connection::<Xfrm>::new() else { return Ok(false) };
+    match xfrm.get_security_policies().await {
+        Ok(policies) => Ok(!policies.is_empty()),
+        Err(error) if error.is_not_supported() => Ok(false),
+        Err(error) => Err(HostError::netlink("list the IPsec policies", error)),
+    }
 }
+
+/// A link that has neighbours.
+#[derive(Debug, Clone)]
+struct Known {
+    name: String,
+    mtu: u32,
+}
+
+/// Those of this host, by index.
+#[derive(Debug)]
+struct Links(BTreeMap<u32, Known>);
 
 impl Links {
-    fn new(all: &[LinkMessage]) -> Option<Links> {
+    fn new(all: &[LinkMessage]) -> Links {
         let fits = |link: &&LinkMessage| {
             let ethernet = link.is_broadcast() && link.address().is_some_and(|a| a.len() == ETHERNET_ADDRESS);
             let own_way = link.is_loopback() || link.master().is_some() || link.flags() & NOARP != 0;
             ethernet && !own_way && link.is_up() && link.is_running()
         };
-        let fitting: Vec<_> = all
-            .iter()
-            .filter(fits)
-            .filter_map(|link| Some((link.ifindex(), link.name()?.to_owned(), link.mtu()?)))
+        let known = |link: &LinkMessage| {
+            Some((link.ifindex(), Known { name: link.name()?.to_owned(), mtu: link.mtu()? }))
+        };
+        Links(all.iter().filter(fits).filter_map(known).collect())
+    }
+
+    /// Arrivals whose packets fit into all ways out: the link that leads to the most says how long they may be.
+    fn shortcuts(&self, routes: &[Route], except: &BTreeSet<IpAddr>) -> Shortcuts {
+        let mut ways: Vec<Hop> =
+            Family::BOTH.into_iter().flat_map(|family| self.ways(family, routes, except)).collect();
+        let mtu = |hop: &Hop| self.0.get(&hop.index).map_or(0, |link| link.mtu);
+        let Some(longest) = ways.first().map(mtu) else { return Shortcuts::default() };
+        let arrivals: BTreeMap<u32, &Known> = self.0.iter().map(|(index, link)| (*index, link)).collect();
+        let forwards = |family| move |link: &&Known| is_forwarding(family, &link.name);
+        let arrivals: BTreeMap<u32, &Known> = arrivals
+            .into_iter()
+            .filter(|(_, link)| link.mtu <= longest && !is_strict(&link.name))
+            .filter(|(_, link)| Family::BOTH.into_iter().any(|family| forwards(family)(link)))
             .collect();
-        let longest = fitting.iter().map(|(_, _, mtu)| *mtu).max()?;
-        let fitting = fitting.into_iter().map(|(index, name, mtu)| (index, (name, mtu >= longest)));
-        Some(Links { fitting: fitting.collect() })
-    }
-
-    /// Those whose packets' sources nobody wants held against the routes back (`rp_filter` = 1): only routing does that.
-    fn arrivals(&self) -> BTreeSet<String> {
-        let read = |scope: &str| sysctl::read(&format!("net/ipv4/conf/{scope}/rp_filter")).ok().flatten();
-        let value = |scope: &str| read(scope).and_then(|text| text.trim().parse().ok()).unwrap_or(0);
-        let all: u8 = value("all");
-        let names = self.fitting.values().map(|(name, _)| name);
-        names.filter(|name| value(name).max(all) != STRICT).cloned().collect()
-    }
-
-    fn takes_all(&self, index: u32) -> bool {
-        self.fitting.get(&index).is_some_and(|(_, takes_all)| *takes_all)
-    }
-}
-
-/// Link and router.
-type Way = (u32, Option<IpAddr>);
-
-/// What a table says of a prefix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Known {
-    /// Its place among the tables: later ones are asked first.
-    place: u8,
-    prefix: Prefix,
-    metric: u32,
-    /// `None` if no shortcut leads there.
-    way: Option<Way>,
-}
-
-/// `None` if there are too many.
-async fn routes(netlink: &Netlink, links: &Links) -> Result<Option<Vec<Known>>, HostError> {
-    let failed = |error| HostError::netlink("list the routes", error);
-    let mut stream = netlink.stream_routes().await.map_err(failed)?;
-    let mut known = Vec::new();
-    while let Some(route) = stream.next().await {
-        known.extend(known_of(&route.map_err(failed)?, links));
-        if known.len() > MAX_ROUTES {
-            return Ok(None);
+        ways.retain(|hop| {
+            let family = hop.family().unwrap_or(Family::V4);
+            mtu(hop) >= longest && arrivals.values().all(forwards(family))
+        });
+        let mut hops = Vec::new();
+        for family in Family::BOTH {
+            hops.extend(ways.iter().filter(|hop| hop.family() == Some(family)).take(MAX_HOPS).cloned());
+        }
+        // Not by what they lead to, which changes more often.
+        hops.sort_by_key(|hop| (hop.family().map(Family::bits), hop.index, hop.gateway));
+        Shortcuts {
+            arrivals: arrivals.into_iter().map(|(index, link)| (index, link.name.clone())).collect(),
+            hops,
         }
     }
-    Ok(Some(known))
-}
 
-fn known_of(route: &RouteMessage, links: &Links) -> Option<Known> {
-    let place = [DEFAULT, MAIN, LOCAL].iter().position(|table| *table == route.table_id())?;
-    if route.flags() & NOT_ALIVE != 0 {
-        return None;
-    }
-    let family = if route.is_ipv4() { Family::V4 } else { Family::V6 };
-    let any = || Prefix::all(family).address();
-    let prefix = Prefix::new(route.destination().copied().unwrap_or_else(any), route.dst_len());
-    let plain = route.route_type() == RouteType::Unicast
-        && place != 2
-        && route.src_len() == 0
-        && route.multipath().is_none()
-        && route.encap_type().is_none()
-        && route.via().is_none()
-        && route.metrics().is_none_or(|metrics| metrics.mtu.is_none());
-    let way = route.oif().filter(|oif| plain && links.takes_all(*oif));
-    let way = way.map(|oif| (oif, route.gateway().copied()));
-    Some(Known { place: u8::try_from(place).ok()?, prefix, metric: route.priority().unwrap_or(0), way })
-}
-
-fn hops(links: &Links, routes: &[Known], except: &BTreeSet<IpAddr>) -> Vec<Hop> {
-    let mut hops = Vec::new();
-    for family in Family::BOTH {
+    /// The ways out, those that lead to the most addresses first.
+    fn ways(&self, family: Family, routes: &[Route], except: &BTreeSet<IpAddr>) -> Vec<Hop> {
         let of_family = routes.iter().filter(|route| route.prefix.family() == family).copied().collect();
         let mut ways: BTreeMap<Way, Vec<(u128, u128)>> = BTreeMap::new();
         for (first, last, way) in painted(family, of_family, except) {
@@ -349,25 +337,103 @@ fn hops(links: &Links, routes: &[Known], except: &BTreeSet<IpAddr>) -> Vec<Hop> 
         };
         let mut ways: Vec<_> = ways.into_iter().collect();
         ways.sort_by_key(|(_, ranges)| std::cmp::Reverse(size(ranges)));
-        hops.extend(ways.into_iter().take(MAX_HOPS).filter_map(|((index, gateway), ranges)| {
-            let interface = links.fitting.get(&index)?.0.clone();
+        let hop = |((index, gateway), ranges): (Way, Vec<(u128, u128)>)| {
+            let interface = self.0.get(&index)?.name.clone();
             let address = |number| from_number(family, number);
             let destinations =
                 ranges.into_iter().map(|(first, last)| (address(first), address(last))).collect();
             Some(Hop { interface, index, gateway, destinations })
-        }));
+        };
+        ways.into_iter().filter_map(hop).collect()
     }
-    hops
+}
+
+/// A setting of a link, or of `all`; `None` if it cannot be read.
+fn setting(family: Family, scope: &str, name: &str) -> Option<u8> {
+    let key = Sysctl::interface(family, scope, name, "").key;
+    sysctl::read(&key).ok().flatten()?.trim().parse().ok()
+}
+
+fn is_forwarding(family: Family, link: &str) -> bool {
+    setting(family, link, "forwarding") == Some(1)
+}
+
+/// Whether sources are held against the routes back, which only routing does; also if nobody can tell.
+fn is_strict(link: &str) -> bool {
+    let of = |scope| setting(Family::V4, scope, "rp_filter");
+    of("all").zip(of(link)).is_none_or(|(all, own)| all.max(own) == STRICT)
+}
+
+/// Link and router.
+type Way = (u32, Option<IpAddr>);
+
+/// What a table says of a prefix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Route {
+    /// Its place among the tables: later ones are asked first.
+    place: u8,
+    prefix: Prefix,
+    /// Whether it is for some sources only.
+    some: bool,
+    metric: u32,
+    /// `None` if no shortcut leads there.
+    way: Option<Way>,
+}
+
+/// `None` if there are too many.
+async fn routes(netlink: &Netlink, links: &Links) -> Result<Option<Vec<Route>>, HostError> {
+    let mut attempt = 1;
+    loop {
+        match read_routes(netlink, links).await {
+            Err(error) if error.is_dump_interrupted() && attempt < ATTEMPTS => attempt += 1,
+            result => return result.map_err(|error| HostError::netlink("list the routes", error)),
+        }
+    }
+}
+
+async fn read_routes(netlink: &Netlink, links: &Links) -> nlink::Result<Option<Vec<Route>>> {
+    let mut stream = netlink.stream_routes().await?;
+    let mut known = Vec::new();
+    while let Some(route) = stream.next().await {
+        known.extend(route_of(&route?, links));
+        if known.len() > MAX_ROUTES {
+            return Ok(None);
+        }
+    }
+    Ok(Some(known))
+}
+
+fn route_of(route: &RouteMessage, links: &Links) -> Option<Route> {
+    let place = [DEFAULT, MAIN, LOCAL].iter().position(|table| *table == route.table_id())?;
+    if route.flags() & DEAD != 0 {
+        return None;
+    }
+    let family = if route.is_ipv4() { Family::V4 } else { Family::V6 };
+    let any = || Prefix::all(family).address();
+    let prefix = Prefix::new(route.destination().copied().unwrap_or_else(any), route.dst_len());
+    let some = route.src_len() != 0;
+    let plain = route.route_type() == RouteType::Unicast
+        && place != 2
+        && !some
+        && route.multipath().is_none()
+        && route.encap_type().is_none()
+        && route.via().is_none()
+        && route.metrics().is_none_or(|metrics| metrics.mtu.is_none());
+    let way = route.oif().filter(|oif| plain && links.0.contains_key(oif));
+    let way = way.map(|oif| (oif, route.gateway().copied()));
+    let metric = route.priority().unwrap_or(0);
+    Some(Route { place: u8::try_from(place).ok()?, prefix, some, metric, way })
 }
 
 /// All addresses that one way leads to, as ranges: the longest prefix wins, among equal ones the least metric.
-fn painted(family: Family, mut routes: Vec<Known>, except: &BTreeSet<IpAddr>) -> Vec<(u128, u128, Way)> {
+fn painted(family: Family, mut routes: Vec<Route>, except: &BTreeSet<IpAddr>) -> Vec<(u128, u128, Way)> {
     // The last that is painted is what is seen.
-    routes.sort_by_key(|route| (route.place, route.prefix.len(), std::cmp::Reverse(route.metric)));
+    routes.sort_by_key(|route| (route.place, route.prefix, route.some, std::cmp::Reverse(route.metric)));
+    routes.sort_by_key(|route| (route.place, route.prefix.len()));
     let mut picture = Picture(BTreeMap::from([(0, None)]));
     let mut routes = routes.into_iter().peekable();
-    while let Some(Known { place, prefix, metric, way }) = routes.next() {
-        let same = |next: &Known| (next.place, next.prefix, next.metric) == (place, prefix, metric);
+    while let Some(Route { place, prefix, metric, way, .. }) = routes.next() {
+        let same = |next: &Route| (next.place, next.prefix, next.metric) == (place, prefix, metric);
         // Of equal ones the kernel chooses.
         let mut one = true;
         while routes.next_if(same).is_some() {
@@ -451,11 +517,17 @@ mod tests {
 
     use super::*;
 
-    fn known(place: u8, prefix: &str, metric: u32, way: Option<u32>) -> Known {
-        Known { place, prefix: prefix.parse().unwrap(), metric, way: way.map(|index| (index, None)) }
+    fn known(place: u8, prefix: &str, metric: u32, way: Option<u32>) -> Route {
+        Route {
+            place,
+            prefix: prefix.parse().unwrap(),
+            some: false,
+            metric,
+            way: way.map(|index| (index, None)),
+        }
     }
 
-    fn shown(routes: Vec<Known>, except: &[&str]) -> Vec<String> {
+    fn shown(routes: Vec<Route>, except: &[&str]) -> Vec<String> {
         let except = except.iter().map(|address| address.parse().unwrap()).collect();
         let text = |(first, last, (index, _)): (u128, u128, Way)| {
             format!("{}-{} {index}", from_number(Family::V4, first), from_number(Family::V4, last))
@@ -498,7 +570,8 @@ mod tests {
             list in proptest::collection::vec((0u8..3, any::<u32>(), 0u8..=32, 0u32..2, 0u32..3), 0..24),
             asked in proptest::collection::vec(any::<u32>(), 24),
         ) {
-            let routes: Vec<Known> = list.iter().map(|(place, bits, len, metric, index)| Known {
+            let routes: Vec<Route> = list.iter().map(|(place, bits, len, metric, index)| Route {
+                some: false,
                 place: *place,
                 prefix: Prefix::new(Ipv4Addr::from_bits(*bits).into(), *len),
                 metric: *metric,
@@ -510,7 +583,7 @@ mod tests {
             }
             for bits in asked.iter().chain(list.iter().map(|(_, bits, ..)| bits)) {
                 let address = IpAddr::from(Ipv4Addr::from_bits(*bits));
-                let rank = |route: &Known| (route.place, route.prefix.len(), std::cmp::Reverse(route.metric));
+                let rank = |route: &Route| (route.place, route.prefix.len(), std::cmp::Reverse(route.metric));
                 let fitting = || routes.iter().filter(|route| route.prefix.contains(address));
                 let best = fitting().map(rank).max();
                 let winners: Vec<_> = fitting().filter(|route| Some(rank(route)) == best).collect();

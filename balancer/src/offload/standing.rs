@@ -48,6 +48,8 @@ pub(crate) struct Standing {
     links: BTreeSet<String>,
     /// Why nothing is handed on where it arrives.
     routed: Option<Routed>,
+    /// What the kernel has refused, and its words: it is not asked again for the same.
+    refused: Option<(Shortcuts, String)>,
     /// `None` while nothing depends on routes.
     routes: Option<RouteWatch>,
 }
@@ -91,22 +93,27 @@ impl Standing {
     pub(crate) async fn is_outdated(&self, host: &Host, config: &Config) -> bool {
         let Some(plan) = &self.plan else { return false };
         let now = match &self.routes {
-            Some(_) => self.shortcuts(host, config).await.ok(),
-            None => None,
+            Some(_) => self.shortcuts(host, config).await,
+            None => return plan.offload.shortcuts.is_some(),
         };
-        plan.offload.shortcuts != now
+        match now {
+            // Nobody can tell, or it has been refused.
+            Err(Routed::Kernel(_)) => false,
+            now => plan.offload.shortcuts != now.ok(),
+        }
     }
 
     /// Whether somebody else has begun or ceased to have a say in what is forwarded.
     pub(crate) async fn is_hindered_otherwise(&self, host: &Host) -> bool {
+        let Some(plan) = &self.plan else { return false };
         let before = match &self.routed {
-            None => None,
+            _ if plan.offload.shortcuts.is_some() => None,
             Some(Routed::Detour(
                 detour @ (Detour::Chain { .. } | Detour::Iptables | Detour::Rule(_) | Detour::Ipsec),
             )) => Some(detour),
-            Some(_) => return false,
+            _ => return false,
         };
-        self.in_force() && host.detour().await.is_ok_and(|now| now.as_ref() != before)
+        host.detour().await.is_ok_and(|now| now.as_ref() != before)
     }
 
     /// The ways out, as far as packets can be handed on there.
@@ -119,7 +126,10 @@ impl Standing {
         }
         let vips = config.vips.iter().copied().collect();
         match host.shortcuts(&vips).await {
-            Ok(found) => found.map_err(Routed::Detour),
+            Ok(found) => match (found.map_err(Routed::Detour)?, &self.refused) {
+                (found, Some((refused, why))) if found == *refused => Err(Routed::Kernel(why.clone())),
+                (found, _) => Ok(found),
+            },
             Err(error) => Err(Routed::Kernel(error.to_string())),
         }
     }
@@ -161,52 +171,84 @@ impl Standing {
         };
         let mut plan = match plan {
             Ok(plan) => plan,
-            Err(obstacle) => {
-                (self.plan, self.obstacle) = (None, Some(obstacle));
-                return host.replace(base).await;
-            }
+            Err(obstacle) => return self.give_up(host, base, obstacle).await,
         };
-        self.links = links(config).await?;
-        let shortcuts = match self.follow_routes(config).await {
-            Ok(()) => self.shortcuts(host, config).await,
-            Err(routed) => Err(routed),
+        // What it has refused before.
+        if let Some(Obstacle::Kernel(why)) = self.plain() {
+            plan.without_spreads(why.clone());
+        }
+        self.links = match links(config).await {
+            Ok(links) => links,
+            Err(error) => return self.give_up(host, base, Obstacle::Kernel(error.to_string())).await,
         };
+        // Which links may hand on is seen only once the settings are made that go with it.
+        let mut result = Ok(());
+        if self.plan.is_none() {
+            result = self.make(host, &base, &mut plan).await;
+        }
         let mut routed = None;
-        match shortcuts {
-            Ok(shortcuts) => plan.offload.shortcuts = Some(shortcuts),
-            Err(why) => routed = Some(why),
+        if result.is_ok() {
+            let shortcuts = match self.follow_routes(config).await {
+                Ok(()) => self.shortcuts(host, config).await,
+                Err(routed) => Err(routed),
+            };
+            match shortcuts {
+                Ok(shortcuts) => plan.offload.shortcuts = Some(shortcuts),
+                Err(why) => routed = Some(why),
+            }
+            if self.plan.is_some() || plan.offload.shortcuts.is_some() {
+                result = self.make(host, &base, &mut plan).await;
+            }
         }
-        let both =
-            |plan: &Plan, links: &BTreeSet<String>| base.iter().cloned().chain(with(plan, links)).collect();
-        let mut result = host.replace(both(&plan, &self.links)).await;
-        if let Err(error) = &result
-            && plan.offload.shortcuts.take().is_some()
-        {
-            tracing::warn!(%error, "the kernel hands nothing on where it arrives: what it forwards is routed");
-            routed = Some(Routed::Kernel(error.to_string()));
-            result = host.replace(both(&plan, &self.links)).await;
+        if let Err(error) = result {
+            tracing::warn!(%error, "the kernel forwards nothing by itself: all packets go through userspace");
+            return self.give_up(host, base, Obstacle::Kernel(error.to_string())).await;
         }
-        if let Err(error) = &result
-            && !plan.offload.spreads.is_empty()
-        {
-            tracing::warn!(%error, "the kernel does not take the hash table: plain clients' packets go through userspace");
-            plan.plain = Some(Obstacle::Kernel(error.to_string()));
-            plan.offload.spreads.clear();
-            result = host.replace(both(&plan, &self.links)).await;
+        if plan.offload.shortcuts.is_none() && routed.is_none() {
+            routed = self.refused.as_ref().map(|(_, why)| Routed::Kernel(why.clone()));
         }
         self.tell_routed(routed);
-        if let Err(error) = result {
-            // The base may be what failed: then it fails again.
-            host.replace(base).await?;
-            tracing::warn!(%error, "the kernel forwards nothing by itself: all packets go through userspace");
-            (self.plan, self.obstacle) = (None, Some(Obstacle::Kernel(error.to_string())));
-            return Ok(());
-        }
         if let Some(before) = self.plan.as_ref().filter(|_| host.offload_generation() == generation) {
             plan.follow(before);
         }
         (self.plan, self.obstacle) = (Some(plan), None);
         Ok(())
+    }
+
+    /// Leaves everything to userspace.
+    async fn give_up(
+        &mut self,
+        host: &mut Host,
+        base: Vec<Change>,
+        obstacle: Obstacle,
+    ) -> Result<(), HostError> {
+        (self.plan, self.obstacle) = (None, Some(obstacle));
+        host.replace(base).await
+    }
+
+    /// Has a plan stand, without what the kernel refuses of it.
+    async fn make(&mut self, host: &mut Host, base: &[Change], plan: &mut Plan) -> Result<(), HostError> {
+        let links = self.links.clone();
+        let all = |plan: &Plan| base.iter().cloned().chain(with(plan, &links)).collect();
+        let mut result = host.replace(all(plan)).await;
+        let mut refused = None;
+        if let Err(error) = &result
+            && let Some(shortcuts) = plan.offload.shortcuts.take()
+        {
+            refused = Some((shortcuts, error.to_string()));
+            result = host.replace(all(plan)).await;
+        }
+        if let Err(error) = &result
+            && !plan.offload.spreads.is_empty()
+        {
+            tracing::warn!(%error, "the kernel does not take the hash table: plain clients' packets go through userspace");
+            plan.without_spreads(error.to_string());
+            result = host.replace(all(plan)).await;
+        }
+        if result.is_ok() && refused.is_some() {
+            self.refused = refused;
+        }
+        result
     }
 
     /// Keeps why everything is routed, and says so when it is new.
@@ -216,10 +258,12 @@ impl Standing {
                 Routed::Wanted | Routed::Mode(_) => {
                     tracing::debug!(%why, "what the kernel forwards is routed");
                 }
-                Routed::Detour(_) | Routed::Kernel(_) => {
-                    tracing::info!(%why, "what the kernel forwards is routed");
-                }
+                Routed::Detour(_) => tracing::info!(%why, "what the kernel forwards is routed"),
+                Routed::Kernel(_) => tracing::warn!(%why, "what the kernel forwards is routed"),
             }
+        }
+        if routed.is_none() && self.routed.is_some() {
+            tracing::info!("what the kernel forwards is handed on where it arrives");
         }
         self.routed = routed;
     }

@@ -27,7 +27,8 @@ const FOR_US: u8 = 0;
 pub(super) fn table<'a>(name: &'a str, offload: &Offload) -> Option<Table<'a>> {
     let shortcuts = shortcuts(offload)?;
     let mut table = Table::new(name, Nft::Netdev, false);
-    let arrivals: Vec<String> = shortcuts.arrivals.iter().cloned().collect();
+    table.bind(shortcuts.arrivals.keys().copied());
+    let arrivals: Vec<String> = shortcuts.arrivals.values().cloned().collect();
     let hook = FilterHook::Ingress(Devices::try_from(arrivals).ok()?);
     table.chain(CHAIN, Some(BaseChain::filter(hook, Priority::Filter)));
     for (number, hop) in shortcuts.hops.iter().enumerate() {
@@ -154,11 +155,12 @@ impl<'o> Ingress<'_, 'o> {
             masked(&[mask]),
             compare(CmpOp::Eq, &[first]),
         ];
-        let exprs = exprs.into_iter().chain(unfragmented(family, transport)).chain([
-            payload(PayloadBase::Network, ttl, 1, KEY),
-            compare(CmpOp::Gt, &[1]),
-            Expr::Verdict(Verdict::GotoTo(name)),
-        ]);
+        let exprs =
+            exprs.into_iter().chain(from_somebody(family)).chain(unfragmented(family, transport)).chain([
+                payload(PayloadBase::Network, ttl, 1, KEY),
+                compare(CmpOp::Gt, &[1]),
+                Expr::Verdict(Verdict::GotoTo(name)),
+            ]);
         self.table.push_all(CHAIN, exprs);
     }
 
@@ -217,6 +219,18 @@ impl<'o> Ingress<'_, 'o> {
             .chain(leave(hop, family));
         self.table.push_all(chain_of(family, Transport::Tcp), exprs);
     }
+}
+
+/// Only from addresses that routers may forward from: not from 0.0.0.0/8, 127.0.0.0/8, multicast and beyond; not from
+/// `::/8`, link-local addresses, multicast.
+fn from_somebody(family: Family) -> Vec<Expr> {
+    let (at, not, below) = match family {
+        Family::V4 => (12, &[0, 127][..], 224),
+        Family::V6 => (8, &[0][..], 0xfe),
+    };
+    let not = not.iter().map(|first| compare(CmpOp::Neq, &[*first]));
+    let first = payload(PayloadBase::Network, at, 1, KEY);
+    [first].into_iter().chain(not).chain([compare(CmpOp::Lt, &[below])]).collect()
 }
 
 /// Out of the hop's link, to its router or to the destination itself; the time to live is one less then.

@@ -63,13 +63,23 @@ pub(super) struct Table<'a> {
     marks: bool,
     /// Without a hook, others go on in it.
     chains: Vec<(&'static str, Option<BaseChain>)>,
+    /// The links it is bound to, by index: one that comes back under its name has to be bound again.
+    links: Vec<u32>,
     sets: Vec<Contents>,
     rules: Vec<Rule>,
 }
 
 impl<'a> Table<'a> {
     pub(super) fn new(name: &'a str, family: Nft, marks: bool) -> Self {
-        Table { name, family, marks, chains: Vec::new(), sets: Vec::new(), rules: Vec::new() }
+        Table {
+            name,
+            family,
+            marks,
+            chains: Vec::new(),
+            links: Vec::new(),
+            sets: Vec::new(),
+            rules: Vec::new(),
+        }
     }
 
     /// Whether the rules are the same, so that one becomes the other by what is in its sets.
@@ -77,7 +87,8 @@ impl<'a> Table<'a> {
         let names = |table: &Table<'_>| {
             table.sets.iter().map(|contents| contents.set.name().to_owned()).collect::<Vec<_>>()
         };
-        self.chains == other.chains && names(self) == names(other) && self.rules == other.rules
+        let bound = self.links == other.links && self.chains == other.chains;
+        bound && names(self) == names(other) && self.rules == other.rules
     }
 
     /// A new table in place of an old one.
@@ -111,6 +122,10 @@ impl<'a> Table<'a> {
             transaction = added(transaction, set, new);
         }
         transaction
+    }
+
+    pub(super) fn bind(&mut self, links: impl IntoIterator<Item = u32>) {
+        self.links.extend(links);
     }
 
     pub(super) fn chain(&mut self, name: &'static str, base: Option<BaseChain>) {

@@ -32,6 +32,12 @@ fn vips() -> BTreeSet<IpAddr> {
     ENDS.into_iter().map(|[_, vip, ..]| ip(vip)).collect()
 }
 
+fn forward(value: &str) {
+    for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        std::fs::write(format!("/proc/sys/net/{key}"), value).unwrap();
+    }
+}
+
 fn own_address(device: &str) -> [u8; 6] {
     let text = std::fs::read_to_string(format!("/sys/class/net/{device}/address"));
     // A namespace's own devices are in a sysfs mounted in it alone.
@@ -72,8 +78,12 @@ impl Lab {
         self.host.replace(vec![still, quiet, offload.clone().into()]).await.unwrap();
     }
 
+    /// As they are while this host forwards, which it does not otherwise.
     async fn shortcuts(&self) -> Result<Shortcuts, Detour> {
-        self.host.shortcuts(&vips()).await.unwrap()
+        forward("1");
+        let found = self.host.shortcuts(&vips()).await.unwrap();
+        forward("0");
+        found
     }
 }
 
@@ -142,6 +152,7 @@ fn packets_are_handed_on_where_they_arrive_and_nothing_is_routed() {
             let mut tagged = frame(near, &there);
             tagged.splice(12..12, [0x81, 0x00, 0x00, 0x05]);
             let to_vip = segment(server, vip, (41_001, 50_000), ACK, &[]);
+            let spoofed = if vip.contains(':') { "fe80::1" } else { "127.0.0.1" };
             let mut with_options = there.clone();
             if let Some(first) = with_options.first_mut().filter(|first| **first == 0x45) {
                 *first = 0x46;
@@ -149,6 +160,7 @@ fn packets_are_handed_on_where_they_arrive_and_nothing_is_routed() {
                 with_options[6] = 0;
             }
             for alone in [
+                frame(near, &segment(spoofed, vip, (50_000, 41_001), ACK, &[])),
                 frame(near, &with_options),
                 frame(near, &last_hop),
                 tagged,
@@ -233,8 +245,13 @@ fn ways_that_are_not_one_neighbour_on_one_link_are_left_out() {
         assert_eq!(leads("192.0.2.16").await, via("near0", Some("10.1.0.9")));
         // What fits into the one link may not fit into the other.
         run("ip", "link set far0 mtu 9000");
-        assert_eq!(leads("192.0.2.16").await, None);
+        assert_eq!(leads("192.0.2.16").await, via("near0", Some("10.1.0.9")));
         assert_eq!(leads("10.3.0.11").await, via("far0", None));
+        assert_eq!(lab.shortcuts().await.unwrap().arrivals.len(), 1);
+        run("ip", "link set far0 mtu 1400");
+        assert_eq!(leads("10.3.0.11").await, None);
+        assert_eq!(lab.shortcuts().await.unwrap().arrivals.len(), 2);
+        run("ip", "link set far0 mtu 1500");
         let filter = |value| std::fs::write("/proc/sys/net/ipv4/conf/far0/rp_filter", value).unwrap();
         let arrivals = async || lab.shortcuts().await.unwrap().arrivals.len();
         assert_eq!(arrivals().await, 2);
@@ -242,9 +259,15 @@ fn ways_that_are_not_one_neighbour_on_one_link_are_left_out() {
         assert_eq!(arrivals().await, 1, "sources are held against routes");
         filter("2");
         assert_eq!(arrivals().await, 2);
+        forward("1");
+        std::fs::write("/proc/sys/net/ipv4/conf/far0/forwarding", "0").unwrap();
+        std::fs::write("/proc/sys/net/ipv6/conf/far0/forwarding", "0").unwrap();
+        let found = lab.host.shortcuts(&vips()).await.unwrap().unwrap();
+        assert_eq!(found.arrivals.len(), 1, "nothing that comes from there is forwarded");
         run("ip", "link set far0 down");
         assert_eq!(leads("10.3.0.11").await, via("near0", Some("10.1.0.9")));
-        assert_eq!(lab.shortcuts().await.unwrap().arrivals, BTreeSet::from(["near0".to_owned()]));
+        let arrivals = lab.shortcuts().await.unwrap().arrivals;
+        assert_eq!(arrivals.values().collect::<Vec<_>>(), vec!["near0"]);
         // Part of a bridge: its packets are the bridge's.
         run("ip", "link add bridge0 type bridge");
         run("ip", "link set near0 master bridge0");
@@ -271,6 +294,12 @@ fn where_others_have_a_say_there_are_no_shortcuts() {
             assert_eq!(lab.shortcuts().await, Err(detour));
             run("nft", &format!("delete chain ip other {chain}"));
         }
+        run(
+            "nft",
+            "add table inet third; add chain inet third c { type filter hook ingress device far0 priority 9; }",
+        );
+        assert!(matches!(lab.host.detour().await.unwrap(), Some(Detour::Chain { .. })));
+        run("nft", "delete table inet third");
         for rule in ["from 192.0.2.1 lookup main", "lookup 99", "lookup main suppress_prefixlength 0"] {
             run("ip", &format!("rule add pref 4000 {rule}"));
             assert_eq!(lab.shortcuts().await, Err(Detour::Rule(4000)), "{rule}");
@@ -295,6 +324,8 @@ fn changes_of_routes_are_told_once_they_are_complete() {
             "link set far0 mtu 1400",
         ] {
             run("ip", change);
+            // Who asks again in the middle misses nothing.
+            drop(tokio::time::timeout(Duration::from_millis(10), watch.changed()).await);
             tokio::time::timeout(soon, watch.changed()).await.expect(change).unwrap();
         }
     });
