@@ -102,7 +102,7 @@ pub enum Detour {
     Ipsec,
     /// More than [`MAX_ROUTES`].
     Routes,
-    /// No link is of Ethernet's kind, up, no part of another, and without a strict `rp_filter`.
+    /// No link is of Ethernet's kind, up, forwarding, no part of another, and without a strict `rp_filter`.
     Links,
 }
 
@@ -117,7 +117,7 @@ impl fmt::Display for Detour {
             Detour::Ipsec => f.write_str("there are IPsec policies"),
             Detour::Routes => write!(f, "there are more than {MAX_ROUTES} routes"),
             Detour::Links => f.write_str(
-                "no link is of Ethernet's kind, up, no part of another, and without a strict `rp_filter`",
+                "no link is of Ethernet's kind, up, forwarding, no part of another, and without a strict `rp_filter`",
             ),
         }
     }
@@ -186,10 +186,15 @@ impl RouteWatch {
     /// # Errors
     /// Netlink fails.
     pub async fn start() -> Result<RouteWatch, HostError> {
-        use RtnetlinkGroup::{Ipv4Addr, Ipv4Route, Ipv4Rule, Ipv6Addr, Ipv6Route, Ipv6Rule, Link, Nexthop};
+        use RtnetlinkGroup::{
+            Ipv4Addr, Ipv4Netconf, Ipv4Route, Ipv4Rule, Ipv6Addr, Ipv6Netconf, Ipv6Route, Ipv6Rule, Link,
+            Nexthop,
+        };
+        let v4 = [Ipv4Addr, Ipv4Netconf, Ipv4Route, Ipv4Rule];
+        let v6 = [Ipv6Addr, Ipv6Netconf, Ipv6Route, Ipv6Rule];
         let multicast = kernel::connect()?;
         multicast
-            .subscribe(&[Link, Ipv4Addr, Ipv6Addr, Ipv4Route, Ipv6Route, Ipv4Rule, Ipv6Rule, Nexthop])
+            .subscribe(&[&[Link, Nexthop][..], &v4, &v6].concat())
             .map_err(|error| HostError::netlink("follow the routes", error))?;
         Ok(RouteWatch { events: multicast.into_events().await, pending: false })
     }
@@ -302,16 +307,19 @@ impl Links {
             Family::BOTH.into_iter().flat_map(|family| self.ways(family, routes, except)).collect();
         let mtu = |hop: &Hop| self.0.get(&hop.index).map_or(0, |link| link.mtu);
         let Some(longest) = ways.first().map(mtu) else { return Shortcuts::default() };
-        let arrivals: BTreeMap<u32, &Known> = self.0.iter().map(|(index, link)| (*index, link)).collect();
-        let forwards = |family| move |link: &&Known| is_forwarding(family, &link.name);
-        let arrivals: BTreeMap<u32, &Known> = arrivals
-            .into_iter()
-            .filter(|(_, link)| link.mtu <= longest && !is_strict(&link.name))
-            .filter(|(_, link)| Family::BOTH.into_iter().any(|family| forwards(family)(link)))
+        let arrives = |link: &Known| {
+            let forwards = Family::BOTH.into_iter().any(|family| is_forwarding(family, &link.name));
+            link.mtu <= longest && forwards && !is_strict(&link.name)
+        };
+        let arrivals: BTreeMap<u32, String> = self
+            .0
+            .iter()
+            .filter(|(_, link)| arrives(link))
+            .map(|(index, link)| (*index, link.name.clone()))
             .collect();
         ways.retain(|hop| {
             let family = hop.family().unwrap_or(Family::V4);
-            mtu(hop) >= longest && arrivals.values().all(forwards(family))
+            mtu(hop) >= longest && arrivals.values().all(|link| is_forwarding(family, link))
         });
         let mut hops = Vec::new();
         for family in Family::BOTH {
@@ -319,10 +327,7 @@ impl Links {
         }
         // Not by what they lead to, which changes more often.
         hops.sort_by_key(|hop| (hop.family().map(Family::bits), hop.index, hop.gateway));
-        Shortcuts {
-            arrivals: arrivals.into_iter().map(|(index, link)| (index, link.name.clone())).collect(),
-            hops,
-        }
+        Shortcuts { arrivals, hops }
     }
 
     /// The ways out, those that lead to the most addresses first.

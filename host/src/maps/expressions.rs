@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 
 use nlink::netlink::nftables::{
-    CmpOp, Expr, HashKind, MetaKey, PacketField, PayloadBase, PayloadCsum, Register, SetElement, SetKeyType,
+    CmpOp, Expr, HashKind, LookupExpr, MetaKey, PacketField, PayloadBase, PayloadCsum, Register, SetElement,
+    SetKeyType,
 };
 
 use crate::offload::{End, Spread};
@@ -105,7 +106,7 @@ pub(crate) fn place(end: End, family: Family) -> (u32, u32) {
 }
 
 /// Of address and port as [`load`] leaves them.
-pub(super) fn key_len(family: Family) -> u32 {
+fn key_len(family: Family) -> u32 {
     place(End::Source, family).1 + 4
 }
 
@@ -136,9 +137,14 @@ pub(crate) fn element_of(address: IpAddr) -> SetElement {
     }
 }
 
-/// The hash of a source's address and port, scaled to the slots.
-pub(super) fn scaled(family: Family, spread: &Spread) -> Expr {
-    Expr::Hash {
+/// Of a packet to one of the `targets`, the goal in the slot that the hash of its source's address and port is scaled to.
+pub(super) fn spread_to(
+    family: Family,
+    spread: &Spread,
+    targets: &str,
+    slots: &str,
+) -> impl Iterator<Item = Expr> {
+    let hash = Expr::Hash {
         dreg: RESULT,
         kind: HashKind::Jenkins,
         sreg: Some(KEY),
@@ -146,5 +152,11 @@ pub(super) fn scaled(family: Family, spread: &Spread) -> Expr {
         modulus: u32::try_from(spread.slots.len()).unwrap_or(u32::MAX),
         seed: Some(spread.seed),
         offset: 0,
-    }
+    };
+    let goal = LookupExpr::new(slots, RESULT).dreg(RESULT).into();
+    load(End::Destination, family)
+        .into_iter()
+        .chain([LookupExpr::new(targets, KEY).into()])
+        .chain(load(End::Source, family))
+        .chain([hash, goal])
 }

@@ -10,8 +10,8 @@ use nlink::netlink::nftables::{
 };
 
 use super::expressions::{
-    BEHIND, KEY, RESULT, compare, load, masked, meta, nfproto, payload, place, scaled, unfragmented, without,
-    write,
+    BEHIND, KEY, RESULT, compare, load, masked, meta, nfproto, payload, place, spread_to, unfragmented,
+    without, write,
 };
 use super::table::Table;
 use super::{family_of, holds, map_name, spread_names};
@@ -206,12 +206,8 @@ impl<'o> Ingress<'_, 'o> {
         let (offset, len) = place(End::Destination, family);
         let exprs = without(Transport::Tcp, spread.except_flags)
             .into_iter()
-            .chain(load(End::Destination, family))
-            .chain([LookupExpr::new(&targets, KEY).into()])
-            .chain(load(End::Source, family))
+            .chain(spread_to(family, spread, &targets, &slots))
             .chain([
-                scaled(family, spread),
-                LookupExpr::new(&slots, RESULT).dreg(RESULT).into(),
                 write(End::Destination, family, RESULT),
                 payload(PayloadBase::Network, offset, len, KEY),
                 LookupExpr::new(&counts, KEY).into(),

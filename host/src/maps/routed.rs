@@ -10,7 +10,7 @@ use nlink::netlink::nftables::{
 use nlink::netlink::types::route::RouteType;
 
 use super::expressions::{
-    KEY, RESULT, compare, destination_port, load, masked, meta, payload, place, scaled, whole, write,
+    KEY, RESULT, compare, destination_port, load, masked, meta, payload, place, spread_to, whole, write,
 };
 use super::table::Table;
 use super::{family_of, holds, map_name, spread_names};
@@ -180,16 +180,8 @@ impl Routed<'_> {
         let exprs: Vec<Expr> = self
             .taken(family, Transport::Tcp, spread.except_flags)
             .into_iter()
-            .chain(load(End::Destination, family))
-            .chain([LookupExpr::new(&targets, KEY).into()])
-            .chain(load(End::Source, family))
-            .chain([
-                scaled(family, spread),
-                LookupExpr::new(&slots, RESULT).dreg(RESULT).into(),
-                self.reach(End::Destination, family),
-                again,
-                LookupExpr::new(&counts, KEY).into(),
-            ])
+            .chain(spread_to(family, spread, &targets, &slots))
+            .chain([self.reach(End::Destination, family), again, LookupExpr::new(&counts, KEY).into()])
             .collect();
         self.push(exprs);
     }

@@ -328,5 +328,7 @@ fn changes_of_routes_are_told_once_they_are_complete() {
             drop(tokio::time::timeout(Duration::from_millis(10), watch.changed()).await);
             tokio::time::timeout(soon, watch.changed()).await.expect(change).unwrap();
         }
+        std::fs::write("/proc/sys/net/ipv4/conf/far0/rp_filter", "1").unwrap();
+        tokio::time::timeout(soon, watch.changed()).await.expect("a setting of a link").unwrap();
     });
 }
