@@ -287,9 +287,9 @@ fn long_connections_outlive_every_change_of_servers_and_balancers_side_by_side()
     long.pair.net.stop_shim();
 }
 
-/// Both families and both ways, slow enough that something can happen meanwhile: about four seconds.
+/// Both families and both ways, slow enough that something can happen meanwhile: about six seconds.
 fn start_slow(net: &Net, file: &TestFile) -> Vec<Transfer> {
-    start_at(net, file, "8M")
+    start_at(net, file, "5M")
 }
 
 /// The same at so many bytes a second each.

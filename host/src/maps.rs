@@ -37,26 +37,29 @@ impl<'a> Tables<'a> {
         Tables { routed: routed::table(name, offload), ingress: ingress::table(name, offload) }
     }
 
-    fn are_like(&self, other: &Tables<'_>) -> bool {
-        let ingress = match (&self.ingress, &other.ingress) {
-            (None, None) => true,
-            (Some(one), Some(other)) => one.is_like(other),
-            _ => false,
+    /// Whether a [`difference`](Self::difference) makes the new ones of these, and all that was counted stands on.
+    fn turns_into(&self, new: &Tables<'_>) -> bool {
+        let ingress = match (&self.ingress, &new.ingress) {
+            (None, _) => true,
+            (Some(old), Some(new)) => old.is_like(new),
+            (Some(_), None) => false,
         };
-        ingress && self.routed.is_like(&other.routed)
+        ingress && self.routed.is_like(&new.routed)
     }
 
-    fn difference(&self, transaction: Transaction, old: &Tables<'_>) -> Transaction {
+    /// What makes these out of the old ones.
+    fn difference(&self, transaction: Transaction, old: &Tables<'_>) -> nlink::Result<Transaction> {
         let transaction = self.routed.difference(transaction, &old.routed);
         match (&self.ingress, &old.ingress) {
-            (Some(new), Some(old)) => new.difference(transaction, old),
-            _ => transaction,
+            (Some(new), Some(old)) => Ok(new.difference(transaction, old)),
+            (Some(new), None) => new.whole(transaction, false),
+            (None, _) => Ok(transaction),
         }
     }
 
-    fn whole(self, transaction: Transaction, standing: Standing, name: &str) -> nlink::Result<Transaction> {
+    fn whole(&self, transaction: Transaction, standing: Standing, name: &str) -> nlink::Result<Transaction> {
         let transaction = self.routed.whole(transaction, standing.routed)?;
-        match self.ingress {
+        match &self.ingress {
             Some(ingress) => ingress.whole(transaction, standing.ingress),
             None if standing.ingress => Ok(transaction.del_table(name, Nft::Netdev)),
             None => Ok(transaction),
@@ -99,8 +102,10 @@ pub(crate) async fn install(
         let new = Tables::new(&table, &offload);
         let old = old.as_ref().map(|old| Tables::new(&table, old));
         let gone = |old: &Tables<'_>| old.ingress.is_some() != standing.ingress;
-        if let Some(old) = old.filter(|old| !gone(old) && old.are_like(&new)) {
-            match runtime.block_on(new.difference(nft.transaction(), &old).commit(&nft)) {
+        let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
+        if let Some(old) = old.filter(|old| !gone(old) && old.turns_into(&new)) {
+            let difference = new.difference(nft.transaction(), &old).map_err(failed)?;
+            match runtime.block_on(difference.commit(&nft)) {
                 Ok(()) => return Ok(true),
                 // Somebody else has changed our table.
                 Err(error) => {
@@ -108,7 +113,6 @@ pub(crate) async fn install(
                 }
             }
         }
-        let failed = |error| HostError::netlink(format!("create the nftables table {table}"), error);
         let transaction = new.whole(nft.transaction(), standing, &table).map_err(failed)?;
         runtime.block_on(transaction.commit(&nft)).map_err(failed)?;
         Ok(false)

@@ -92,7 +92,7 @@ impl<'a> Table<'a> {
     }
 
     /// A new table in place of an old one.
-    pub(super) fn whole(self, mut transaction: Transaction, exists: bool) -> nlink::Result<Transaction> {
+    pub(super) fn whole(&self, mut transaction: Transaction, exists: bool) -> nlink::Result<Transaction> {
         if exists {
             transaction = transaction.del_table(self.name, self.family);
         }
@@ -100,14 +100,14 @@ impl<'a> Table<'a> {
         for Contents { set, entries } in &self.sets {
             transaction = added(transaction.add_set(set.clone()), set, entries.iter());
         }
-        for (name, base) in self.chains {
-            let chain = Chain::new(self.name, name)?.family(self.family);
+        for (name, base) in &self.chains {
+            let chain = Chain::new(self.name, *name)?.family(self.family);
             transaction = transaction.add_chain(match base {
-                Some(base) => chain.base(base),
+                Some(base) => chain.base(base.clone()),
                 None => chain,
             });
         }
-        Ok(self.rules.into_iter().fold(transaction, Transaction::add_rule))
+        Ok(self.rules.iter().cloned().fold(transaction, Transaction::add_rule))
     }
 
     /// What makes this out of a table like it.
