@@ -246,7 +246,7 @@ fn address(key: &[u8], family: Family) -> Option<IpAddr> {
     }
 }
 
-/// What a [`Key::Socket`] was.
+/// What a [`table::Key::Socket`] was.
 fn socket(key: &[u8], family: Family) -> Option<SocketAddr> {
     let port = key.get(place(End::Source, family).1 as usize..)?.first_chunk::<2>()?;
     Some(SocketAddr::new(address(key, family)?, u16::from_be_bytes(*port)))
