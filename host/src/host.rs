@@ -394,12 +394,10 @@ impl Host {
     /// # Errors
     /// Netlink fails.
     pub async fn shortcuts(&self, except: &BTreeSet<IpAddr>) -> Result<Result<Shortcuts, Detour>, HostError> {
-        if self.old_iptables {
-            return Ok(Err(Detour::Iptables));
+        match self.detour().await? {
+            Some(detour) => Ok(Err(detour)),
+            None => shortcuts::find(except).await,
         }
-        let tables = [self.table(), self.maps_table()];
-        let own = Own { protocol: self.options.protocol(), tables: &tables };
-        shortcuts::find(own, except).await
     }
 
     /// Why there are no shortcuts now, whatever the routes.

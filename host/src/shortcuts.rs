@@ -152,17 +152,12 @@ pub(crate) async fn detour(own: Own<'_>) -> Result<Option<Detour>, HostError> {
     })
 }
 
-/// The ways out of the calling thread's network namespace; none leads to an address of `except`.
+/// The ways out of the calling thread's network namespace where nothing has a say but routes; none leads to an address of
+/// `except`.
 ///
 /// # Errors
 /// Netlink fails.
-pub(crate) async fn find(
-    own: Own<'_>,
-    except: &BTreeSet<IpAddr>,
-) -> Result<Result<Shortcuts, Detour>, HostError> {
-    if let Some(detour) = detour(own).await? {
-        return Ok(Err(detour));
-    }
+pub(crate) async fn find(except: &BTreeSet<IpAddr>) -> Result<Result<Shortcuts, Detour>, HostError> {
     let netlink = kernel::connect()?;
     let links = netlink.get_links().await;
     let links = links.map_err(|error| HostError::netlink("list the interfaces", error))?;
