@@ -1,28 +1,24 @@
 //! What the kernel does by itself: the exchange of X and Y in settled connections (`C11`).
 //!
 //! The machine says which connections are settled ([`shunt_stack::redirect::SwapChange`]), the kernel's maps
-//! ([`shunt_host::swaps`]) take their data past the device. SYN, FIN, RST, segments with the option and ICMP errors still
-//! come to the machine. Additions wait a moment for company; what the machine takes back is gone before the packet leaves
-//! that made it do so, or the same ports could be another connection's.
+//! ([`shunt_host::swaps`]) take their segments past the device, from the first after the handshake to the last. SYNs,
+//! segments with the option and ICMP errors still come to the machine. What is added stands before the packet leaves that
+//! settled the connection, for what it calls forth may follow at once; what the machine takes back is gone before the
+//! packet leaves that made it do so, or the same ports could be another connection's.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::time::Duration;
 
+use crate::config::{Config, Hold, Mode};
 use serde::Serialize;
 use shunt_host::offload::Count;
 use shunt_host::swaps::{MAX_SWAPS, PortSwap, PortSwaps, SwapCounts};
 use shunt_stack::redirect::{Client, Swap, SwapChange};
-use tokio::time::Instant;
 
-use crate::config::{Config, Hold, Mode};
-
-/// Segments of a connection, both ways together, before the kernel gets it. Two entries of a map cost about as much as ten
-/// packets do here, so that short connections, of which there may be many in a second, are not worth it.
-pub(crate) const SETTLE_AFTER: u32 = 32;
-/// Additions wait so long for others: a transaction costs several times as much as what it adds.
-const BATCH: Duration = Duration::from_millis(5);
+/// Segments of a connection that has come back, both ways together, before the kernel gets it again; the machine doubles
+/// it each time. Two entries of a map cost as much as one or two packets do here.
+const RESETTLE_AFTER: u32 = 32;
 
 /// Why the kernel does nothing by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,7 +96,6 @@ pub(crate) struct Kernel {
     obstacle: Option<Obstacle>,
     /// By local socket and VIP: the port for the network.
     waiting: HashMap<(SocketAddr, SocketAddr), u16>,
-    last: Instant,
     failure: Option<String>,
     /// The kernel's counters as last read.
     seen: SwapCounts,
@@ -113,16 +108,15 @@ impl Kernel {
             swaps,
             obstacle,
             waiting: HashMap::new(),
-            last: Instant::now(),
             failure: None,
             seen: SwapCounts::default(),
             counters: KernelCounters::default(),
         }
     }
 
-    /// When the machine is to call connections settled.
-    pub(crate) fn settle_after(&self) -> Option<u32> {
-        self.swaps.as_ref().map(|_| SETTLE_AFTER)
+    /// [`ClientConfig::resettle_after`](shunt_stack::redirect::ClientConfig::resettle_after).
+    pub(crate) fn resettle_after(&self) -> Option<u32> {
+        self.swaps.as_ref().map(|_| RESETTLE_AFTER)
     }
 
     /// Why nothing is left to the kernel; `None` if anything may be.
@@ -141,17 +135,21 @@ impl Kernel {
         self.change(gone).await;
     }
 
-    /// Does what the machine says; what it takes back is gone when this returns.
-    pub(crate) async fn follow(&mut self, client: &mut Client) {
+    /// Hears what the machine says. What it takes back is gone when this returns. What it adds may wait for more of it,
+    /// until [`flush`](Self::flush): a transaction costs several times as much as what it adds. True if something waits.
+    pub(crate) async fn follow(&mut self, client: &mut Client) -> bool {
         let gone = self.collect(client);
-        if !gone.is_empty() || self.due().is_some_and(|at| at <= Instant::now()) {
+        if !gone.is_empty() {
             self.change(gone).await;
         }
+        !self.waiting.is_empty()
     }
 
-    /// When [`follow`](Self::follow) wants to be called next.
-    pub(crate) fn due(&self) -> Option<Instant> {
-        (!self.waiting.is_empty()).then(|| self.last + BATCH)
+    /// Adds what waits.
+    pub(crate) async fn flush(&mut self) {
+        if !self.waiting.is_empty() {
+            self.change(Vec::new()).await;
+        }
     }
 
     /// Why the kernel cannot be used any more, told once: its table must go.
@@ -193,7 +191,6 @@ impl Kernel {
         let Some(swaps) = &mut self.swaps else { return };
         let of = |((local, remote), port)| PortSwap { local, remote, port };
         let new: Vec<PortSwap> = self.waiting.drain().map(of).collect();
-        self.last = Instant::now();
         self.counters.removed += gone.iter().filter(|swap| swaps.contains(swap)).count() as u64;
         self.counters.added += new.iter().filter(|swap| !swaps.contains(swap)).count() as u64;
         if let Err(error) = swaps.change(&gone, &new).await {

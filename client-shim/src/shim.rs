@@ -6,12 +6,15 @@ use std::net::IpAddr;
 
 use bytes::BytesMut;
 use serde::Serialize;
-use shunt_stack::device::{Clock, Device, not_passed_on};
+use shunt_stack::device::{Clock, Device, not_passed_on, recv_now};
 use shunt_stack::redirect::{Action, Client, ClientConfig, ClientEvent};
 use shunt_stack::time::Instant;
 use shunt_stack::wire::{Offload, Packet, Protocol};
 
 use crate::offload::Kernel;
+
+/// The most packets that wait for the kernel to be told, and the most buffers kept for later ones.
+const MOST_WAITING: usize = 64;
 
 /// Which of the machine's inputs a packet out of the device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,11 +67,15 @@ pub(crate) struct Shim {
     pub(crate) counters: ShimCounters,
     kernel: Kernel,
     flows_changed: bool,
+    /// Packets of this batch that leave when the kernel has been told, and what was decided about them.
+    waiting: Vec<(Packet, Option<ClientEvent>)>,
+    /// Buffers of packets that have left.
+    spare: Vec<BytesMut>,
 }
 
 impl Shim {
     pub(crate) fn new(mut config: ClientConfig, kernel: Kernel) -> Self {
-        config.settle_after = kernel.settle_after();
+        config.resettle_after = kernel.resettle_after();
         let vips = config.vips.iter().map(|vip| vip.address).collect();
         Self {
             client: Client::new(config),
@@ -77,6 +84,8 @@ impl Shim {
             counters: ShimCounters::default(),
             kernel,
             flows_changed: false,
+            waiting: Vec::new(),
+            spare: Vec::new(),
         }
     }
 
@@ -96,6 +105,7 @@ impl Shim {
     /// Lets the kernel know what the machine has come to.
     pub(crate) async fn tell_kernel(&mut self) {
         self.kernel.follow(&mut self.client).await;
+        self.kernel.flush().await;
     }
 
     /// The same where the machine has begun anew.
@@ -122,8 +132,27 @@ impl Shim {
         self.client.poll_timeout().map(|at| self.clock.timer(at))
     }
 
-    /// A packet that the device gave; `buffer` comes back for reuse.
-    pub(crate) async fn on_packet(&mut self, device: &impl Device, buffer: &mut BytesMut, offload: Offload) {
+    /// Packets that the device gave: the first, and `more` if they are there already; `buffer` comes back for reuse.
+    ///
+    /// They leave as they come until one settles a connection. From then on they wait for the end of the batch: the kernel
+    /// is told of all such connections at once before any of them leaves.
+    pub(crate) async fn on_packets(
+        &mut self,
+        device: &impl Device,
+        buffer: &mut BytesMut,
+        first: Offload,
+        more: usize,
+    ) {
+        self.on_packet(device, buffer, first).await;
+        for _ in 0..more {
+            // An error is told again.
+            let Some(Ok(offload)) = recv_now(device, buffer).await else { break };
+            self.on_packet(device, buffer, offload).await;
+        }
+        self.finish(device).await;
+    }
+
+    async fn on_packet(&mut self, device: &impl Device, buffer: &mut BytesMut, offload: Offload) {
         self.counters.received += 1;
         let mut packet = match Packet::parse(std::mem::take(buffer), offload) {
             Ok(packet) => packet,
@@ -144,49 +173,72 @@ impl Shim {
                 Action::Pass
             }
         };
-        self.tell_kernel().await;
         let why = self.tell();
         if action == Action::Pass {
-            self.send(device, &packet, &why).await;
+            self.waiting.push((packet, why));
+            *buffer = self.spare.pop().unwrap_or_default();
         } else {
-            device.dropped(|| not_passed_on(&why));
+            device.dropped(|| not_passed_on(&in_words(why)));
+            *buffer = packet.into_buffer();
         }
-        *buffer = packet.into_buffer();
-        self.drain(device, now, &why).await;
+        self.drain(now, why);
+        let wait = self.kernel.follow(&mut self.client).await;
+        if !wait {
+            self.send_waiting(device).await;
+        } else if self.waiting.len() >= MOST_WAITING {
+            self.finish(device).await;
+        }
     }
 
     /// Fires what is due.
     pub(crate) async fn on_timer(&mut self, device: &impl Device) {
-        self.drain(device, self.clock.now(), "").await;
+        self.drain(self.clock.now(), None);
+        self.finish(device).await;
     }
 
-    /// Both directions leave by the same device: the host's rules tell them apart by destination.
-    async fn drain(&mut self, device: &impl Device, now: Instant, why: &str) {
+    /// Takes what the machine sends of its own. Both directions leave by the same device: the host's rules tell them apart
+    /// by destination.
+    fn drain(&mut self, now: Instant, why: Option<ClientEvent>) {
         while let Some(transmit) = self.client.poll_transmit(now) {
             let told = self.tell();
-            self.tell_kernel().await;
-            self.send(device, &transmit.packet, if told.is_empty() { why } else { &told }).await;
+            self.waiting.push((transmit.packet, told.or(why)));
         }
         self.tell();
     }
 
-    /// Logs what has happened; what was decided about a packet, in words, empty for most.
-    fn tell(&mut self) -> String {
-        let mut told = String::new();
+    /// Logs what has happened; gives the last of it.
+    fn tell(&mut self) -> Option<ClientEvent> {
+        let mut told = None;
         while let Some(event) = self.client.poll_event() {
             self.flows_changed = true;
-            told = event.to_string();
+            told = Some(event);
             log(event);
         }
         told
     }
 
-    async fn send(&mut self, device: &impl Device, packet: &Packet, why: &str) {
-        if let Err(error) = device.send_because(packet, || why.to_owned()).await {
-            self.counters.unsent += 1;
-            tracing::debug!(%error, "the device did not take a packet");
+    /// Tells the kernel, then lets go what has waited for that.
+    async fn finish(&mut self, device: &impl Device) {
+        self.tell_kernel().await;
+        self.send_waiting(device).await;
+    }
+
+    async fn send_waiting(&mut self, device: &impl Device) {
+        for (packet, why) in self.waiting.drain(..) {
+            if let Err(error) = device.send_because(&packet, || in_words(why)).await {
+                self.counters.unsent += 1;
+                tracing::debug!(%error, "the device did not take a packet");
+            }
+            if self.spare.len() < MOST_WAITING {
+                self.spare.push(packet.into_buffer());
+            }
         }
     }
+}
+
+/// Empty for most packets.
+fn in_words(why: Option<ClientEvent>) -> String {
+    why.map(|event| event.to_string()).unwrap_or_default()
 }
 
 /// Whether a device that gave this error may still give packets.

@@ -1,17 +1,16 @@
 //! Beside the kernel's TCP: one TUN device, policy routing, and the client's machine between.
 
-use std::collections::HashSet;
-use std::future::{Future, poll_fn};
+use std::collections::{HashSet, VecDeque};
+use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::{Pin, pin};
-use std::task::Poll;
+use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use shunt_host::HostError;
 use shunt_host::query::TcpSockets;
-use shunt_stack::device::Device;
+use shunt_stack::device::{Device, recv_now};
 use shunt_stack::redirect::{FlowRecord, Mark};
 use siphasher::sip::SipHasher13;
 use tokio::task::JoinHandle;
@@ -31,8 +30,12 @@ use crate::shim::{Shim, is_passing};
 const SAVE_SHARE: u32 = 20;
 const SAVE_LEAST: Duration = Duration::from_millis(50);
 const SAVE_MOST: Duration = Duration::from_secs(1);
-/// The most packets handled at once while something else waits: what a device's queue holds.
+/// The most packets handled at once: the kernel is told of the connections that settle in them together.
+const BATCH: usize = 64;
+/// The most while something else waits: what a device's queue holds.
 const MOST_AT_ONCE: usize = 4096;
+/// Ended connections that are freed at once: others' packets wait so long for their ports to leave the kernel's maps.
+const FREED_AT_ONCE: usize = 128;
 /// A time that does not come.
 const NEVER: Duration = Duration::from_hours(365 * 24);
 
@@ -65,6 +68,17 @@ struct Driver {
     saver: Saver,
     /// When the kernel was asked for its sockets, and the question.
     query: Option<(Mark, SocketQuery)>,
+    /// What the kernel said of connections that have ended, or are in TIME-WAIT, and is yet to be done.
+    ended: VecDeque<Ended>,
+}
+
+/// A connection whose socket is gone, or waits only.
+struct Ended {
+    /// When the kernel was asked.
+    asked: Mark,
+    local: SocketAddr,
+    vip: SocketAddr,
+    waits: bool,
 }
 
 impl Driver {
@@ -83,6 +97,7 @@ impl Driver {
             shim: new_shim(session, device, kernel),
             saver: Saver::new(session.flow_file().clone()),
             query: None,
+            ended: VecDeque::new(),
         };
         let restored = driver.saver.restore(&mut driver.shim);
         if restored > 0 {
@@ -108,20 +123,18 @@ impl Driver {
             let far = Instant::now() + NEVER;
             let timer = self.shim.deadline().unwrap_or(far);
             let save = self.saver.due(&mut self.shim).unwrap_or(far);
-            let kernel = self.shim.kernel().due().unwrap_or(far);
             tokio::select! {
                 received = device.recv(&mut buffer) => match received {
-                    Ok(offload) => self.shim.on_packet(device, &mut buffer, offload).await,
+                    Ok(offload) => self.shim.on_packets(device, &mut buffer, offload, BATCH - 1).await,
                     Err(error) => self.on_device_error(device, error).await?,
                 },
                 () = sleep_until(timer) => self.shim.on_timer(device).await,
                 () = sleep_until(save) => self.saver.save(&self.shim).await,
-                () = sleep_until(kernel) => self.shim.tell_kernel().await,
                 result = answer(&mut self.query) => {
                     self.catch_up(device, &mut buffer).await;
                     self.on_sockets(result);
-                    self.shim.tell_kernel().await;
                 }
+                () = std::future::ready(()), if !self.ended.is_empty() => self.end_some().await,
                 _ = sockets.tick() => self.ask_for_sockets(),
                 _ = paths.tick() => {
                     if session.follow_paths().await {
@@ -167,31 +180,46 @@ impl Driver {
     async fn catch_up(&mut self, device: &impl Device, buffer: &mut BytesMut) {
         // What has come meanwhile is known after a turn of the event loop.
         tokio::task::yield_now().await;
-        for _ in 0..MOST_AT_ONCE {
-            let received = {
-                let mut receiving = pin!(tokio::task::unconstrained(device.recv(buffer)));
-                poll_fn(|cx| Poll::Ready(receiving.as_mut().poll(cx))).await
-            };
-            // An error is told again.
-            let Poll::Ready(Ok(offload)) = received else { return };
-            self.shim.on_packet(device, buffer, offload).await;
+        // An error is told again.
+        if let Some(Ok(offload)) = recv_now(device, buffer).await {
+            self.shim.on_packets(device, buffer, offload, MOST_AT_ONCE - 1).await;
         }
     }
 
     fn on_sockets(&mut self, answer: Answer) {
         match answer {
-            Ok((asked, sockets)) => self.free(asked, |local, vip| sockets.contains(local, vip)),
+            Ok((asked, sockets)) => {
+                let client = self.shim.client();
+                let ended = client.begun_before(asked).filter_map(|(local, vip)| {
+                    let waits = sockets.is_waiting(local, vip);
+                    let goes =
+                        if waits { client.is_settled(local, vip) } else { !sockets.contains(local, vip) };
+                    goes.then_some(Ended { asked, local, vip, waits })
+                });
+                self.ended = ended.collect();
+            }
             Err(error) => tracing::warn!(%error, "ended connections cannot be freed"),
         }
     }
 
-    /// Frees what has no socket and was there at `asked`.
-    fn free(&mut self, asked: Mark, alive: impl FnMut(SocketAddr, SocketAddr) -> bool) {
-        let before = self.shim.client().flow_count();
-        self.shim.client_mut().retain_since(asked, alive);
-        let freed = before - self.shim.client().flow_count();
+    /// Frees some of those that have ended, so that packets need not wait for all.
+    async fn end_some(&mut self) {
+        let client = self.shim.client_mut();
+        let mut freed = 0;
+        for Ended { asked, local, vip, waits } in self.ended.drain(..FREED_AT_ONCE.min(self.ended.len())) {
+            if waits {
+                client.rest(asked, local, vip);
+            } else {
+                freed += usize::from(client.free(asked, local, vip));
+            }
+        }
+        self.note_freed(freed);
+        self.shim.tell_kernel().await;
+    }
+
+    fn note_freed(&mut self, freed: usize) {
         if freed > 0 {
-            tracing::debug!(freed, left = before - freed, "connections have ended");
+            tracing::debug!(freed, left = self.shim.client().flow_count(), "connections have ended");
             self.shim.note_flows_changed();
         }
     }
@@ -199,7 +227,12 @@ impl Driver {
     async fn free_ended(&mut self, session: &Session) {
         let asked = self.shim.client().mark();
         match ask(session.config().vips().collect()).await {
-            Ok(sockets) => self.free(asked, |local, vip| sockets.contains(local, vip)),
+            Ok(sockets) => {
+                let before = self.shim.client().flow_count();
+                let alive = |local, vip| sockets.contains(local, vip);
+                self.shim.client_mut().retain_since(asked, alive);
+                self.note_freed(before - self.shim.client().flow_count());
+            }
             Err(error) => tracing::warn!(%error, "ended connections cannot be freed"),
         }
     }
@@ -215,7 +248,7 @@ impl Driver {
         session.reconfigure(config).await?;
         let kernel = std::mem::replace(self.shim.kernel(), Kernel::new(None, None));
         self.shim = new_shim(session, device, kernel);
-        self.query = None;
+        (self.query, self.ended) = (None, VecDeque::new());
         let kept = flows.iter().filter(|flow| self.shim.client_mut().restore(**flow)).count();
         self.shim.take_over_kernel().await;
         self.shim.note_flows_changed();

@@ -7,7 +7,7 @@ use std::path::Path;
 use nlink::Connection;
 use nlink::netlink::SockDiag;
 use nlink::netlink::types::route::RouteType;
-use nlink::sockdiag::{InetSocket, SocketFilter, TcpState};
+use nlink::sockdiag::{InetSocket, SocketFilter, SocketState, TcpState};
 
 use crate::error::HostError;
 use crate::kernel;
@@ -121,6 +121,8 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TcpSockets {
     pairs: HashSet<(SocketAddr, SocketAddr)>,
+    /// Those of them that are in TIME-WAIT.
+    waiting: HashSet<(SocketAddr, SocketAddr)>,
 }
 
 impl TcpSockets {
@@ -145,13 +147,18 @@ impl TcpSockets {
             LastAck,
             TimeWait,
         ];
-        let pairs = tcp_sockets(&states)
-            .await?
-            .iter()
-            .map(|socket| (canonical(socket.local), canonical(socket.remote)))
-            .filter(|(_, remote)| remotes.contains(&remote.ip()))
-            .collect();
-        Ok(Self { pairs })
+        let mut found = Self::default();
+        for socket in tcp_sockets(&states).await? {
+            let pair = (canonical(socket.local), canonical(socket.remote));
+            if !remotes.contains(&pair.1.ip()) {
+                continue;
+            }
+            if socket.state == SocketState::Tcp(TimeWait) {
+                found.waiting.insert(pair);
+            }
+            found.pairs.insert(pair);
+        }
+        Ok(found)
     }
 
     /// Those of the local sockets in `locals` that can still carry something: all but TIME-WAIT; IPv4-mapped addresses
@@ -180,7 +187,7 @@ impl TcpSockets {
             .map(|socket| (canonical(socket.local), canonical(socket.remote)))
             .filter(|(local, _)| locals.contains(local))
             .collect();
-        Ok(Self { pairs })
+        Ok(Self { pairs, ..Self::default() })
     }
 
     /// The connections as (local, remote).
@@ -191,6 +198,11 @@ impl TcpSockets {
     /// Whether a socket has this connection.
     pub fn contains(&self, local: SocketAddr, remote: SocketAddr) -> bool {
         self.pairs.contains(&(canonical(local), canonical(remote)))
+    }
+
+    /// Whether that socket is in TIME-WAIT.
+    pub fn is_waiting(&self, local: SocketAddr, remote: SocketAddr) -> bool {
+        self.waiting.contains(&(canonical(local), canonical(remote)))
     }
 }
 

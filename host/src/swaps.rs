@@ -34,14 +34,13 @@ const OUTPUT: &str = "output";
 /// Of the segments swapped, by direction.
 const OUT: &str = "out";
 const IN: &str = "in";
-/// SYN, FIN and RST.
-const DECIDED: u8 = 0x07;
+/// SYN.
+const DECIDED: u8 = 0x02;
 const KEY: Register = Register::R0;
 /// Behind the longest key.
 const RESULT: Register = Register::R3;
 
-/// The table of swaps, empty at first. Segments with SYN, FIN, RST or a redirect option are left alone (`C11`), as are
-/// fragments and IPv6 packets with extension headers.
+/// The table of swaps, empty at first. Segments with SYN or a redirect option are left alone (`C11`), as are fragments and IPv6 packets with extension headers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SwapTable {
     /// What arrives on this interface is left alone: the daemon's own TUN.

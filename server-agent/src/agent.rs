@@ -13,9 +13,9 @@ use bytes::BytesMut;
 use serde::Serialize;
 use shunt_host::sandbox::{self, Confined, Policy};
 use shunt_host::{Host, query};
-use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice, TunOptions, not_passed_on};
+use shunt_stack::device::{Capture, Captured, Clock, Device, TunDevice, TunOptions, not_passed_on, recv_now};
 use shunt_stack::redirect::{Action, Server, ServerConfig, ServerCounters, ServerEvent};
-use shunt_stack::wire::Packet;
+use shunt_stack::wire::{Offload, Packet};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until};
@@ -30,6 +30,9 @@ use crate::setup::{self, Facts};
 
 /// The name of the agent's session on its host: its state files and its nftables table are called after it.
 const NAME: &str = "server";
+
+/// The most packets handled before all else that may wait is looked at.
+const BATCH: usize = 64;
 
 /// What is not in the configuration file.
 #[derive(Debug, Default)]
@@ -239,20 +242,12 @@ impl Agent<'_> {
                 asked = self.desk.next() => self.answer(asked),
                 () = due => {
                     self.advance_moves(&device).await;
-                    self.flush(&device, "").await;
+                    self.flush(&device, None).await;
                 }
                 received = device.recv(&mut buffer) => {
                     let offload = received
                         .map_err(|error| Error::Read { name: device.name().to_owned(), error })?;
-                    match Packet::parse(std::mem::take(&mut buffer), offload) {
-                        Ok(packet) => buffer = self.handle(&device, packet).await,
-                        Err(rejected) => {
-                            self.stats.malformed += 1;
-                            tracing::trace!(error = %rejected.error, "a packet that cannot be read");
-                            device.dropped(|| not_passed_on(&rejected.error.to_string()));
-                            buffer = rejected.buffer;
-                        }
-                    }
+                    buffer = self.handle_received(&device, buffer, offload).await;
                 }
                 // Last: bulk comes here, and handshakes above must not wait for it.
                 packet = tunnelled => self.handle_tunnelled(&device, packet).await,
@@ -261,6 +256,29 @@ impl Agent<'_> {
         self.publish();
         tracing::info!(stats = ?self.stats, "the agent ends");
         Ok(())
+    }
+
+    /// Handles what the device gave, and more if it is there already; gives the buffer back.
+    async fn handle_received<D: Device>(&mut self, device: &D, buffer: BytesMut, first: Offload) -> BytesMut {
+        let mut buffer = self.handle_bytes(device, buffer, first).await;
+        for _ in 1..BATCH {
+            // An error is told again.
+            let Some(Ok(offload)) = recv_now(device, &mut buffer).await else { break };
+            buffer = self.handle_bytes(device, buffer, offload).await;
+        }
+        buffer
+    }
+
+    async fn handle_bytes<D: Device>(&mut self, device: &D, bytes: BytesMut, offload: Offload) -> BytesMut {
+        match Packet::parse(bytes, offload) {
+            Ok(packet) => self.handle(device, packet).await,
+            Err(rejected) => {
+                self.stats.malformed += 1;
+                tracing::trace!(error = %rejected.error, "a packet that cannot be read");
+                device.dropped(|| not_passed_on(&rejected.error.to_string()));
+                rejected.buffer
+            }
+        }
     }
 
     /// Takes a packet through the machine; gives its buffer back.
@@ -278,11 +296,11 @@ impl Agent<'_> {
         };
         let why = self.tell();
         if action == Action::Pass {
-            self.send(device, &packet, &why).await;
+            self.send(device, &packet, why).await;
         } else {
-            device.dropped(|| not_passed_on(&why));
+            device.dropped(|| not_passed_on(&in_words(why)));
         }
-        self.flush(device, &why).await;
+        self.flush(device, why).await;
         packet.into_buffer()
     }
 
@@ -296,27 +314,27 @@ impl Agent<'_> {
     }
 
     /// Sends what the machine has to send: the routes know where to, whichever direction it is.
-    async fn flush<D: Device>(&mut self, device: &D, why: &str) {
+    async fn flush<D: Device>(&mut self, device: &D, why: Option<ServerEvent>) {
         while let Some(transmit) = self.server.poll_transmit(self.clock.now()) {
             let told = self.tell();
-            self.send(device, &transmit.packet, if told.is_empty() { why } else { &told }).await;
+            self.send(device, &transmit.packet, told.or(why)).await;
         }
         self.tell();
     }
 
-    /// Takes notice of what has happened; what was decided about a packet, in words, empty for most.
-    fn tell(&mut self) -> String {
-        let mut told = String::new();
+    /// Takes notice of what has happened; gives the last of it.
+    fn tell(&mut self) -> Option<ServerEvent> {
+        let mut told = None;
         while let Some(event) = self.server.poll_event() {
-            told = event.to_string();
+            told = Some(event);
             self.on_event(event);
             narrate(event);
         }
         told
     }
 
-    async fn send<D: Device>(&mut self, device: &D, packet: &Packet, why: &str) {
-        if let Err(error) = device.send_because(packet, || why.to_owned()).await {
+    async fn send<D: Device>(&mut self, device: &D, packet: &Packet, why: Option<ServerEvent>) {
+        if let Err(error) = device.send_because(packet, || in_words(why)).await {
             // One packet's fault, or the device is gone, which reading will tell.
             self.stats.unsent += 1;
             tracing::debug!(%error, length = packet.len(), "the device did not take a packet");
@@ -377,6 +395,11 @@ impl Agent<'_> {
         warn_of_surprises(&self.config, &self.facts).await;
         tracing::info!(path = %path.display(), "the configuration was read again");
     }
+}
+
+/// What was decided about a packet; empty for most.
+fn in_words(why: Option<ServerEvent>) -> String {
+    why.map(|event| event.to_string()).unwrap_or_default()
 }
 
 fn narrate(event: ServerEvent) {

@@ -398,7 +398,7 @@ mod tests {
             // §4 and §5 are for who has the byte stream.
             accept_prefixes: Vec::new(),
             rebind_timeout: ClientConfig::default().rebind_timeout,
-            settle_after: None,
+            resettle_after: None,
         };
         assert_eq!(config.client, expected);
         assert_eq!((config.hold, config.notrack), (Hold::Always, false));

@@ -89,6 +89,15 @@ fn connections_are_found_in_every_state_and_family() {
         assert!(found.pairs().iter().all(|(local, remote)| {
             local.ip().to_canonical() == local.ip() && remote.ip().to_canonical() == remote.ip()
         }));
+        assert!(!found.is_waiting(closed, SocketAddr::new(ip("127.0.0.2"), port)), "{found:?}");
+        while listener.accept().await.unwrap().1.port() != closed.port() {}
+        until(async || {
+            let found = TcpSockets::connected_to(&remotes).await.unwrap();
+            found.contains(v4.local_addr().unwrap(), v4.peer_addr().unwrap())
+                && !found.is_waiting(v4.local_addr().unwrap(), v4.peer_addr().unwrap())
+                && found.is_waiting(closed, SocketAddr::new(ip("127.0.0.2"), port))
+        })
+        .await;
         let none = TcpSockets::connected_to(&[ip("192.0.2.1")].into()).await.unwrap();
         assert!(none.pairs().is_empty());
         opening.abort();

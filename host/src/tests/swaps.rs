@@ -126,11 +126,14 @@ fn data_of_known_connections_is_swapped_and_marked_and_the_rest_left_alone() {
             let from = |ports, flags, options: &[u8]| segment(vip, client, ports, flags, options);
             assert!(lab.is_swapped(&from((Y, OWN), ACK, &[])));
             assert!(lab.is_swapped(&from((Y, OWN), ACK | 0x08, &times)));
+            for ends in [ACK | 0x01, 0x04, ACK | 0x04] {
+                assert!(lab.is_swapped(&from((Y, OWN), ends, &[])), "{ends:#x}");
+            }
             for (ports, flags, options) in [
                 ((Y, OWN), 0x02, &[][..]),
                 ((Y, OWN), 0x12, &[]),
-                ((Y, OWN), ACK | 0x01, &times),
-                ((Y, OWN), 0x04, &[]),
+                ((Y, OWN), ACK | 0x01, &asking),
+                ((Y, OWN), 0x04, &asking),
                 ((Y, OWN), ACK, &asking),
                 ((Y, OWN), ACK, &[&times[..], &asking].concat()),
                 ((X, OWN), ACK, &[]),
@@ -145,8 +148,8 @@ fn data_of_known_connections_is_swapped_and_marked_and_the_rest_left_alone() {
             }
         }
         let counts = lab.swaps.counts().await.unwrap();
-        assert_eq!((counts.back.packets, counts.out.packets), (4, 0));
-        assert_eq!(counts.back.bytes, 40 + 52 + 60 + 72);
+        assert_eq!((counts.back.packets, counts.out.packets), (10, 0));
+        assert_eq!(counts.back.bytes, 4 * 40 + 52 + 4 * 60 + 72);
         lab.host.close().await.unwrap();
         drop((lab.wire, lab.out, lab.marked));
         until(async || snapshot() == before).await;

@@ -137,7 +137,7 @@ impl Agent<'_> {
             let bare = Segment::bare(remote, local, TcpFlags::ACK);
             let packet = Segment { seq: probe.seq, ack: probe.ack, ..bare }.emit();
             self.stats.probes += 1;
-            self.send(device, &packet, "").await;
+            self.send(device, &packet, None).await;
         }
     }
 

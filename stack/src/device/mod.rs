@@ -15,9 +15,11 @@ mod plain;
 mod tests;
 mod tun;
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use bytes::BytesMut;
 
@@ -136,6 +138,16 @@ impl<D: Device> Device for Arc<D> {
 
     fn queue(&self) -> io::Result<Self> {
         (**self).queue().map(Arc::new)
+    }
+}
+
+/// What the device has to give without waiting; none if that is nothing. Takes no account of other tasks: for a bounded
+/// number of packets in a row.
+pub async fn recv_now(device: &impl Device, buffer: &mut BytesMut) -> Option<io::Result<Offload>> {
+    let mut receiving = pin!(tokio::task::unconstrained(device.recv(buffer)));
+    match poll_fn(|cx| Poll::Ready(receiving.as_mut().poll(cx))).await {
+        Poll::Ready(received) => Some(received),
+        Poll::Pending => None,
     }
 }
 

@@ -102,9 +102,10 @@ pub struct ClientConfig {
     pub accept_prefixes: Vec<Prefix>,
     /// How long a change of the own port waits for the server's confirmation (§5).
     pub rebind_timeout: Duration,
-    /// Segments, both ways together, after which an established connection counts as settled (`C11`), for drivers with
-    /// a fast path; `None` for the others.
-    pub settle_after: Option<u32>,
+    /// For drivers with a fast path: connections settle when their handshake is over (`C11`), and again when they have
+    /// come back and so many segments have passed since, both ways together, twice as many each time. `None` for other
+    /// drivers.
+    pub resettle_after: Option<u32>,
 }
 
 impl Default for ClientConfig {
@@ -125,7 +126,7 @@ impl Default for ClientConfig {
             translated_memory: Duration::from_secs(600),
             accept_prefixes: Vec::new(),
             rebind_timeout: Duration::from_secs(10),
-            settle_after: None,
+            resettle_after: None,
         }
     }
 }

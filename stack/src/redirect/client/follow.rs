@@ -63,7 +63,7 @@ impl Client {
         if let State::Redirected { service_port, .. } = flow.state {
             packet.set_destination_port(service_port);
         }
-        if let Some(after) = self.config.settle_after {
+        if let Some(after) = self.config.resettle_after {
             self.swaps.extend(flow.on_segment(after, packet, true));
         }
         let settled = flow.is_settled();
@@ -93,7 +93,7 @@ impl Client {
     /// TCP with the own port that it knows.
     pub(super) fn on_live_remote(&mut self, key: FlowKey, packet: &mut Packet, numbers: NumbersOf<'_>) {
         let Some(flow) = self.flows.get_mut(&key) else { return };
-        if let Some(after) = self.config.settle_after {
+        if let Some(after) = self.config.resettle_after {
             self.swaps.extend(flow.on_segment(after, packet, false));
         }
         let Some(tcp) = packet.tcp() else { return };
@@ -208,10 +208,10 @@ impl Client {
 
     /// The connection has moved (`M7`): FINs and RSTs of its old part carry C P=Z from now on.
     pub fn close_moved(&mut self, local: SocketAddr, vip: SocketAddr) {
-        let flow = self.flows.get_mut(&FlowKey { local, vip });
-        if let Some(live) = flow.and_then(|flow| flow.live.as_mut()) {
-            live.close = live.asked.map(|to| to.port());
-        }
+        let Some(flow) = self.flows.get_mut(&FlowKey { local, vip }) else { return };
+        let Some(live) = &mut flow.live else { return };
+        live.close = live.asked.map(|to| to.port());
+        self.swaps.extend(flow.unsettle());
     }
 }
 

@@ -310,12 +310,27 @@ impl Client {
     /// As [`retain`](Self::retain) with an answer to a question asked at `mark`: it may not know the sockets of flows
     /// that began later, even where an older flow had the same ends.
     pub fn retain_since(&mut self, mark: Mark, mut alive: impl FnMut(SocketAddr, SocketAddr) -> bool) {
-        let asked = self.flows.values().filter(|flow| flow.born < mark).map(|flow| flow.key);
-        let gone: Vec<FlowKey> = asked.filter(|key| !alive(key.local, key.vip)).collect();
-        for key in gone {
-            self.remove(key);
+        let gone: Vec<_> = self.begun_before(mark).filter(|(local, vip)| !alive(*local, *vip)).collect();
+        for (local, vip) in gone {
+            self.free(mark, local, vip);
         }
         self.moves.retain(|key, _| alive(key.local, key.vip));
+    }
+
+    /// The ends (local, VIP:X) of the flows that began before `mark`.
+    pub fn begun_before(&self, mark: Mark) -> impl Iterator<Item = (SocketAddr, SocketAddr)> {
+        self.flows.values().filter(move |flow| flow.born < mark).map(|flow| (flow.key.local, flow.key.vip))
+    }
+
+    /// Frees one flow whose socket is gone, for drivers that free many bit by bit; false if there is none that began
+    /// before `mark`.
+    pub fn free(&mut self, mark: Mark, local: SocketAddr, vip: SocketAddr) -> bool {
+        let key = FlowKey { local, vip };
+        if self.flows.get(&key).is_none_or(|flow| flow.born >= mark) {
+            return false;
+        }
+        self.remove(key);
+        true
     }
 
     fn remove(&mut self, key: FlowKey) {
@@ -382,7 +397,7 @@ impl Client {
         }
         let state = State::Redirected { service_port: record.service_port, irs: SeqNumber(record.irs) };
         let mut flow = Flow { service: Some(record.service_port), ..Flow::new(key, self.next.take(), state) };
-        if self.config.settle_after.is_some() {
+        if self.config.resettle_after.is_some() {
             self.swaps.push_back(flow.settle());
         }
         self.flows.insert(key, flow);

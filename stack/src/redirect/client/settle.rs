@@ -1,13 +1,15 @@
 //! C11: which connections a driver may hand to a fast path, such as the kernel's, and when it must take them back.
 //!
-//! A connection is *settled* once its handshake is over as far as redirection goes (for a handover: C10 has ended),
-//! enough segments have passed for it to be worth a fast path, and nothing under way needs the machine (§4, §5). Then the
-//! machine only exchanges ports, and has to see SYN, FIN, RST, segments with the option and ICMP errors, nothing else.
+//! A connection is *settled* with the first segment that follows its handshake (for a handover: that ends C10), and while
+//! nothing under way needs the machine (§4, §5). Then the machine only exchanges ports, and has to see SYNs, segments with
+//! the option and ICMP errors, nothing else: of its end the machine hears from its driver (C12).
+//!
+//! Not before: the ACK of a SYN-ACK should not race with the data that the local TCP sends behind it.
 
 use std::net::SocketAddr;
 
-use super::Client;
 use super::flow::{Flow, FlowKey, State};
+use super::{Client, Mark};
 use crate::wire::{Packet, TcpFlags};
 
 /// The most a connection's return from the fast path doubles the segments that must pass before it may go there again:
@@ -29,7 +31,7 @@ pub struct Swap {
 /// What a driver's fast path is told ([`Client::poll_swap`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SwapChange {
-    /// The fast path may carry the connection's segments, but for SYN, FIN, RST and those with the option.
+    /// The fast path may carry the connection's segments, but for SYNs and those with the option.
     Settled(Swap),
     /// It may not any more. To be obeyed before anything that the machine passes or sends from now on leaves the driver:
     /// the same ports may be another connection's next.
@@ -39,17 +41,18 @@ pub enum SwapChange {
 /// How far a connection is from being settled.
 #[derive(Debug, Default)]
 pub(super) struct Settling {
+    /// Segments since it came back last.
     seen: u32,
     /// How often it came back.
     returns: u32,
     settled: bool,
-    /// The local TCP closes: not worth it any more.
+    /// It closes, or has closed: not worth it any more.
     closing: bool,
 }
 
 impl Client {
-    /// The next change to what a fast path may carry, in their order. There are some only with
-    /// [`ClientConfig::settle_after`](super::ClientConfig::settle_after); no more are kept than there are connections.
+    /// The next change to what a fast path may carry, in their order: to be asked after every input. There are some only
+    /// with [`ClientConfig::resettle_after`](super::ClientConfig::resettle_after).
     pub fn poll_swap(&mut self) -> Option<SwapChange> {
         self.swaps.pop_front()
     }
@@ -61,6 +64,21 @@ impl Client {
         if let Some(flow) = self.flows.get_mut(&key) {
             flow.comes_back();
         }
+    }
+
+    /// The local TCP keeps the connection in TIME-WAIT only: it has nothing more for a fast path to carry, whose place
+    /// others may need. The flow stays (`C12`). As for [`free`](Self::free), it has begun before `mark`.
+    pub fn rest(&mut self, mark: Mark, local: SocketAddr, vip: SocketAddr) {
+        let flow = self.flows.get_mut(&FlowKey { local, vip });
+        if let Some(flow) = flow.filter(|flow| flow.born < mark) {
+            flow.settling.closing = true;
+            self.swaps.extend(flow.unsettle());
+        }
+    }
+
+    /// Whether a fast path has the connection.
+    pub fn is_settled(&self, local: SocketAddr, vip: SocketAddr) -> bool {
+        self.flows.get(&FlowKey { local, vip }).is_some_and(Flow::is_settled)
     }
 }
 
@@ -78,7 +96,10 @@ impl Flow {
         let closes = packet.tcp().is_some_and(|tcp| tcp.flags().intersects(TcpFlags::FIN | TcpFlags::RST));
         settling.closing |= local && closes;
         settling.seen = settling.seen.saturating_add(1);
-        let enough = settling.seen >= after.saturating_mul(1 << settling.returns);
+        let enough = match settling.returns.checked_sub(1) {
+            None => true,
+            Some(again) => settling.seen >= after.saturating_mul(1 << again),
+        };
         (enough && !closes && self.only_swaps()).then(|| self.settle())
     }
 

@@ -8,7 +8,7 @@ const Z: u16 = 41_002;
 
 fn settling(continuation: Continuation) -> World {
     let mut world = world(continuation);
-    world.client.config.settle_after = Some(AFTER);
+    world.client.config.resettle_after = Some(AFTER);
     world
 }
 
@@ -26,12 +26,17 @@ impl World {
         assert!(self.local(ack).is_some());
     }
 
-    /// An established connection, three segments after its handshake, that has become settled.
+    /// An established connection, settled since its first segment.
     fn settled(&mut self) {
         self.established();
-        assert_eq!(self.swaps(), [], "three segments");
-        self.says(TcpFlags::ACK);
         assert_eq!(self.swaps(), [SwapChange::Settled(self.swap(Y))]);
+    }
+
+    /// A settled connection that a request has brought back.
+    fn returned(&mut self) {
+        self.settled();
+        assert_eq!(self.ask(asking()), []);
+        assert_eq!(self.swaps(), [SwapChange::Unsettled(self.swap(Y))]);
     }
 }
 
@@ -40,7 +45,7 @@ fn asking() -> RedirectOption {
 }
 
 #[test]
-fn c11_a_connection_settles_once_enough_segments_have_passed_and_is_told_once() {
+fn c11_a_connection_settles_when_its_handshake_is_over_and_is_told_once() {
     let mut world = settling(Continuation::Reconnect);
     world.settled();
     world.says(TcpFlags::ACK);
@@ -60,10 +65,10 @@ fn without_a_fast_path_nothing_settles() {
 }
 
 #[test]
-fn c11_a_connection_whose_local_tcp_closes_settles_no_more() {
+fn c11_a_connection_that_came_back_and_whose_local_tcp_closes_settles_no_more() {
     for flags in [TcpFlags::ACK | TcpFlags::FIN, TcpFlags::RST] {
         let mut world = settling(Continuation::Reconnect);
-        world.established();
+        world.returned();
         world.says(flags);
         for _ in 0..10 {
             world.says(TcpFlags::ACK);
@@ -82,10 +87,8 @@ fn c11_a_handover_settles_only_after_its_end() {
     }
     world.sent();
     assert_eq!(world.swaps(), [], "the service port has not shown that it took it (C10)");
-    for _ in 0..=AFTER {
-        let data = world.segment_of_server(Y, TcpFlags::ACK, IRS + 1, ISS + 11, None, &[2; 20]);
-        assert!(world.remote(data).is_some());
-    }
+    let data = world.segment_of_server(Y, TcpFlags::ACK, IRS + 1, ISS + 11, None, &[2; 20]);
+    assert!(world.remote(data).is_some());
     assert_eq!(world.swaps(), [SwapChange::Settled(world.swap(Y))]);
 }
 
@@ -109,10 +112,47 @@ fn c11_a_connection_on_the_port_asked_settles_with_one_port() {
     world.open();
     let stays = world.syn_ack(X, IRS, Some(confirm()));
     assert!(world.remote(stays).is_some());
-    for _ in 0..AFTER {
+    assert_eq!(world.swaps(), []);
+    world.says(TcpFlags::ACK);
+    assert_eq!(world.swaps(), [SwapChange::Settled(world.swap(X))]);
+}
+
+#[test]
+fn c12_a_connection_in_time_wait_leaves_the_fast_path_for_good_and_stays() {
+    let mut world = settling(Continuation::Reconnect);
+    let before = world.client.mark();
+    world.settled();
+    let (local, vip) = (world.local, world.vip);
+    let now = world.client.mark();
+    world.client.rest(before, local, vip);
+    assert!(world.client.is_settled(local, vip), "another connection with the same ends");
+    world.client.rest(now, local, vip);
+    assert_eq!(world.swaps(), [SwapChange::Unsettled(world.swap(Y))]);
+    assert!(!world.client.is_settled(local, vip));
+    world.client.rest(now, local, vip);
+    // The peer repeats its FIN, and is answered.
+    let last = world.segment_of_server(Y, TcpFlags::ACK | TcpFlags::FIN, RCV_NXT, SND_UNA, None, &[]);
+    assert_eq!(world.remote(last).and_then(|packet| packet.source_socket()), Some(vip));
+    for _ in 0..10 * AFTER {
         world.says(TcpFlags::ACK);
     }
-    assert_eq!(world.swaps(), [SwapChange::Settled(world.swap(X))]);
+    assert_eq!(world.swaps(), []);
+    assert_eq!(world.client.flow_count(), 1);
+}
+
+#[test]
+fn c12_a_flow_is_freed_alone_unless_it_began_since() {
+    let mut world = settling(Continuation::Reconnect);
+    let before = world.client.mark();
+    world.settled();
+    let (local, vip) = (world.local, world.vip);
+    assert!(!world.client.free(before, local, vip));
+    assert_eq!(world.client.begun_before(before).count(), 0);
+    let now = world.client.mark();
+    assert_eq!(world.client.begun_before(now).collect::<Vec<_>>(), [(local, vip)]);
+    assert!(world.client.free(now, local, vip));
+    assert_eq!(world.swaps(), [SwapChange::Unsettled(world.swap(Y))]);
+    assert!(!world.client.free(now, local, vip));
 }
 
 #[test]
@@ -136,7 +176,7 @@ fn m3_a_settled_connection_that_is_asked_to_move_comes_back_and_is_judged_when_a
     let moves = world.ask(asking());
     assert!(matches!(moves[..], [ClientEvent::MoveAsked { .. }]), "{moves:?}");
     assert_eq!(world.client.counters().moves_inexact, 2);
-    // Twice as many segments as before, and it settles again; what it was asked already does not bring it back.
+    // Some segments later it settles again; what it was asked already does not bring it back.
     while world.swaps().is_empty() {
         world.says(TcpFlags::ACK);
     }
@@ -148,7 +188,7 @@ fn m3_a_settled_connection_that_is_asked_to_move_comes_back_and_is_judged_when_a
 fn a_stranger_who_brings_connections_back_does_so_less_and_less_often() {
     let mut world = settling(Continuation::Reconnect);
     world.settled();
-    let mut before = AFTER;
+    let mut before = AFTER / 2;
     for _ in 0..5 {
         assert_eq!(world.ask(asking()), []);
         assert_eq!(world.swaps().len(), 1);
@@ -182,7 +222,7 @@ fn a_connection_that_the_fast_path_has_no_room_for_settles_again_later() {
     let swap = world.swap(Y);
     world.client.refuse_swap(&swap);
     assert_eq!(world.swaps(), [], "the fast path has nothing to take back");
-    for _ in 0..2 * AFTER - 1 {
+    for _ in 0..AFTER - 1 {
         world.says(TcpFlags::ACK);
         assert_eq!(world.swaps(), []);
     }
