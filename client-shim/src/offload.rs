@@ -2,9 +2,9 @@
 //!
 //! The machine says which connections are settled ([`shunt_stack::redirect::SwapChange`]), the kernel's maps
 //! ([`shunt_host::swaps`]) take their segments past the device, from the first after the handshake to the last. SYNs,
-//! segments with the option and ICMP errors still come to the machine. What is added stands before the packet leaves that
-//! settled the connection, for what it calls forth may follow at once; what the machine takes back is gone before the
-//! packet leaves that made it do so, or the same ports could be another connection's.
+//! segments with the option and ICMP errors still come to the machine. What is added waits for a few packets more, none of
+//! which waits for it; what the machine takes back is gone before the packet leaves that made it do so, or the same ports
+//! could be another connection's.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -135,14 +135,13 @@ impl Kernel {
         self.change(gone).await;
     }
 
-    /// Hears what the machine says. What it takes back is gone when this returns. What it adds may wait for more of it,
-    /// until [`flush`](Self::flush): a transaction costs several times as much as what it adds. True if something waits.
-    pub(crate) async fn follow(&mut self, client: &mut Client) -> bool {
+    /// Hears what the machine says. What it takes back is gone when this returns. What it adds waits for
+    /// [`flush`](Self::flush), and for more of it: a transaction costs several times as much as what it adds.
+    pub(crate) async fn follow(&mut self, client: &mut Client) {
         let gone = self.collect(client);
         if !gone.is_empty() {
             self.change(gone).await;
         }
-        !self.waiting.is_empty()
     }
 
     /// Adds what waits.

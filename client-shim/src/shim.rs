@@ -13,8 +13,9 @@ use shunt_stack::wire::{Offload, Packet, Protocol};
 
 use crate::offload::Kernel;
 
-/// The most packets that wait for the kernel to be told, and the most buffers kept for later ones.
-const MOST_WAITING: usize = 64;
+/// Packets for which the kernel is told at once of what settles in them. Connections that settle wait so long for others:
+/// longer, and most of their packets have passed; shorter, and there are more transactions.
+const BATCH: usize = 8;
 
 /// Which of the machine's inputs a packet out of the device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,10 +68,6 @@ pub(crate) struct Shim {
     pub(crate) counters: ShimCounters,
     kernel: Kernel,
     flows_changed: bool,
-    /// Packets of this batch that leave when the kernel has been told, and what was decided about them.
-    waiting: Vec<(Packet, Option<ClientEvent>)>,
-    /// Buffers of packets that have left.
-    spare: Vec<BytesMut>,
 }
 
 impl Shim {
@@ -84,8 +81,6 @@ impl Shim {
             counters: ShimCounters::default(),
             kernel,
             flows_changed: false,
-            waiting: Vec::new(),
-            spare: Vec::new(),
         }
     }
 
@@ -132,10 +127,8 @@ impl Shim {
         self.client.poll_timeout().map(|at| self.clock.timer(at))
     }
 
-    /// Packets that the device gave: the first, and `more` if they are there already; `buffer` comes back for reuse.
-    ///
-    /// They leave as they come until one settles a connection. From then on they wait for the end of the batch: the kernel
-    /// is told of all such connections at once before any of them leaves.
+    /// Packets that the device gave: the first, and `more` if they are there already; `buffer` comes back for reuse. The
+    /// kernel is told of those that have settled in [`BATCH`] of them together.
     pub(crate) async fn on_packets(
         &mut self,
         device: &impl Device,
@@ -144,12 +137,15 @@ impl Shim {
         more: usize,
     ) {
         self.on_packet(device, buffer, first).await;
-        for _ in 0..more {
+        for number in 1..=more {
+            if number % BATCH == 0 {
+                self.kernel.flush().await;
+            }
             // An error is told again.
             let Some(Ok(offload)) = recv_now(device, buffer).await else { break };
             self.on_packet(device, buffer, offload).await;
         }
-        self.finish(device).await;
+        self.kernel.flush().await;
     }
 
     async fn on_packet(&mut self, device: &impl Device, buffer: &mut BytesMut, offload: Offload) {
@@ -173,35 +169,29 @@ impl Shim {
                 Action::Pass
             }
         };
+        self.kernel.follow(&mut self.client).await;
         let why = self.tell();
         if action == Action::Pass {
-            self.waiting.push((packet, why));
-            *buffer = self.spare.pop().unwrap_or_default();
+            self.send(device, &packet, why).await;
         } else {
             device.dropped(|| not_passed_on(&in_words(why)));
-            *buffer = packet.into_buffer();
         }
-        self.drain(now, why);
-        let wait = self.kernel.follow(&mut self.client).await;
-        if !wait {
-            self.send_waiting(device).await;
-        } else if self.waiting.len() >= MOST_WAITING {
-            self.finish(device).await;
-        }
+        *buffer = packet.into_buffer();
+        self.drain(device, now, why).await;
     }
 
     /// Fires what is due.
     pub(crate) async fn on_timer(&mut self, device: &impl Device) {
-        self.drain(self.clock.now(), None);
-        self.finish(device).await;
+        self.drain(device, self.clock.now(), None).await;
+        self.kernel.flush().await;
     }
 
-    /// Takes what the machine sends of its own. Both directions leave by the same device: the host's rules tell them apart
-    /// by destination.
-    fn drain(&mut self, now: Instant, why: Option<ClientEvent>) {
+    /// Both directions leave by the same device: the host's rules tell them apart by destination.
+    async fn drain(&mut self, device: &impl Device, now: Instant, why: Option<ClientEvent>) {
         while let Some(transmit) = self.client.poll_transmit(now) {
             let told = self.tell();
-            self.waiting.push((transmit.packet, told.or(why)));
+            self.kernel.follow(&mut self.client).await;
+            self.send(device, &transmit.packet, told.or(why)).await;
         }
         self.tell();
     }
@@ -217,21 +207,10 @@ impl Shim {
         told
     }
 
-    /// Tells the kernel, then lets go what has waited for that.
-    async fn finish(&mut self, device: &impl Device) {
-        self.tell_kernel().await;
-        self.send_waiting(device).await;
-    }
-
-    async fn send_waiting(&mut self, device: &impl Device) {
-        for (packet, why) in self.waiting.drain(..) {
-            if let Err(error) = device.send_because(&packet, || in_words(why)).await {
-                self.counters.unsent += 1;
-                tracing::debug!(%error, "the device did not take a packet");
-            }
-            if self.spare.len() < MOST_WAITING {
-                self.spare.push(packet.into_buffer());
-            }
+    async fn send(&mut self, device: &impl Device, packet: &Packet, why: Option<ClientEvent>) {
+        if let Err(error) = device.send_because(packet, || in_words(why)).await {
+            self.counters.unsent += 1;
+            tracing::debug!(%error, "the device did not take a packet");
         }
     }
 }

@@ -30,8 +30,8 @@ use crate::shim::{Shim, is_passing};
 const SAVE_SHARE: u32 = 20;
 const SAVE_LEAST: Duration = Duration::from_millis(50);
 const SAVE_MOST: Duration = Duration::from_secs(1);
-/// The most packets handled at once: the kernel is told of the connections that settle in them together.
-const BATCH: usize = 64;
+/// The most packets handled before anything else is looked at.
+const IN_A_ROW: usize = 64;
 /// The most while something else waits: what a device's queue holds.
 const MOST_AT_ONCE: usize = 4096;
 /// Ended connections that are freed at once: others' packets wait so long for their ports to leave the kernel's maps.
@@ -125,7 +125,7 @@ impl Driver {
             let save = self.saver.due(&mut self.shim).unwrap_or(far);
             tokio::select! {
                 received = device.recv(&mut buffer) => match received {
-                    Ok(offload) => self.shim.on_packets(device, &mut buffer, offload, BATCH - 1).await,
+                    Ok(offload) => self.shim.on_packets(device, &mut buffer, offload, IN_A_ROW - 1).await,
                     Err(error) => self.on_device_error(device, error).await?,
                 },
                 () = sleep_until(timer) => self.shim.on_timer(device).await,

@@ -31,7 +31,8 @@ pub struct Swap {
 /// What a driver's fast path is told ([`Client::poll_swap`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SwapChange {
-    /// The fast path may carry the connection's segments, but for SYNs and those with the option.
+    /// The fast path may carry the connection's segments, but for SYNs and those with the option; best from when the
+    /// packet has left that was handled last, so that as few as can be overtake it.
     Settled(Swap),
     /// It may not any more. To be obeyed before anything that the machine passes or sends from now on leaves the driver:
     /// the same ports may be another connection's next.
