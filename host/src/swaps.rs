@@ -40,7 +40,8 @@ const KEY: Register = Register::R0;
 /// Behind the longest key.
 const RESULT: Register = Register::R3;
 
-/// The table of swaps, empty at first. Segments with SYN or a redirect option are left alone (`C11`), as are fragments and IPv6 packets with extension headers.
+/// The table of swaps, empty at first. Segments with SYN or a redirect option are left alone (`C11`), as are fragments
+/// and IPv6 packets with extension headers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SwapTable {
     /// What arrives on this interface is left alone: the daemon's own TUN.
