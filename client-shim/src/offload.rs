@@ -10,11 +10,12 @@ use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
 
-use crate::config::{Config, Hold, Mode};
 use serde::Serialize;
 use shunt_host::offload::Count;
 use shunt_host::swaps::{MAX_SWAPS, PortSwap, PortSwaps, SwapCounts};
 use shunt_stack::redirect::{Client, Swap, SwapChange};
+
+use crate::config::{Config, Hold, Mode};
 
 /// Segments of a connection that has come back, both ways together, before the kernel gets it again; the machine doubles
 /// it each time. Two entries of a map cost as much as one or two packets do here.

@@ -134,7 +134,10 @@ impl Driver {
                     self.catch_up(device, &mut buffer).await;
                     self.on_sockets(result);
                 }
-                () = std::future::ready(()), if !self.ended.is_empty() => self.end_some().await,
+                () = std::future::ready(()), if !self.ended.is_empty() => {
+                    self.free_some();
+                    self.shim.tell_kernel().await;
+                }
                 _ = sockets.tick() => self.ask_for_sockets(),
                 _ = paths.tick() => {
                     if session.follow_paths().await {
@@ -202,8 +205,8 @@ impl Driver {
         }
     }
 
-    /// Frees some of those that have ended, so that packets need not wait for all.
-    async fn end_some(&mut self) {
+    /// Frees some of those that have ended, so that packets need not wait for all. The kernel is yet to be told.
+    fn free_some(&mut self) {
         let client = self.shim.client_mut();
         let mut freed = 0;
         for Ended { asked, local, vip, waits } in self.ended.drain(..FREED_AT_ONCE.min(self.ended.len())) {
@@ -213,11 +216,6 @@ impl Driver {
                 freed += usize::from(client.free(asked, local, vip));
             }
         }
-        self.note_freed(freed);
-        self.shim.tell_kernel().await;
-    }
-
-    fn note_freed(&mut self, freed: usize) {
         if freed > 0 {
             tracing::debug!(freed, left = self.shim.client().flow_count(), "connections have ended");
             self.shim.note_flows_changed();
@@ -226,14 +224,10 @@ impl Driver {
 
     async fn free_ended(&mut self, session: &Session) {
         let asked = self.shim.client().mark();
-        match ask(session.config().vips().collect()).await {
-            Ok(sockets) => {
-                let before = self.shim.client().flow_count();
-                let alive = |local, vip| sockets.contains(local, vip);
-                self.shim.client_mut().retain_since(asked, alive);
-                self.note_freed(before - self.shim.client().flow_count());
-            }
-            Err(error) => tracing::warn!(%error, "ended connections cannot be freed"),
+        let sockets = ask(session.config().vips().collect()).await;
+        self.on_sockets(sockets.map(|sockets| (asked, sockets)));
+        while !self.ended.is_empty() {
+            self.free_some();
         }
     }
 

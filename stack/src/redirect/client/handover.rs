@@ -163,9 +163,7 @@ impl Client {
         }
         self.set_live(flow, track, attempt.origin);
         self.redirected(flow, service_port, irs, true);
-        if self.config.resettle_after.is_some() {
-            self.swaps.push_back(flow.settle());
-        }
+        self.settle(flow);
         if answers_probe {
             self.transmit(Towards::Network, kept);
             return Action::Drop;

@@ -397,9 +397,7 @@ impl Client {
         }
         let state = State::Redirected { service_port: record.service_port, irs: SeqNumber(record.irs) };
         let mut flow = Flow { service: Some(record.service_port), ..Flow::new(key, self.next.take(), state) };
-        if self.config.resettle_after.is_some() {
-            self.swaps.push_back(flow.settle());
-        }
+        self.settle(&mut flow);
         self.flows.insert(key, flow);
         self.services.insert(service, key);
         true

@@ -77,6 +77,13 @@ impl Client {
         }
     }
 
+    /// A connection that needs no further segment to be settled, where there is a fast path.
+    pub(super) fn settle(&mut self, flow: &mut Flow) {
+        if self.config.resettle_after.is_some() {
+            self.swaps.push_back(flow.settle());
+        }
+    }
+
     /// Whether a fast path has the connection.
     pub fn is_settled(&self, local: SocketAddr, vip: SocketAddr) -> bool {
         self.flows.get(&FlowKey { local, vip }).is_some_and(Flow::is_settled)
@@ -115,7 +122,7 @@ impl Flow {
         idle && matches!(self.state, State::Redirected { .. } | State::Direct { .. })
     }
 
-    pub(super) fn settle(&mut self) -> SwapChange {
+    fn settle(&mut self) -> SwapChange {
         self.settling.settled = true;
         SwapChange::Settled(self.swap())
     }
